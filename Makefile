@@ -30,7 +30,7 @@ bench: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which is not a Python package: https://quarto.org/docs/get-started"; exit 2; }
-	@PATH="$(CURDIR)/$(BIN):$$PATH" quarto render
+	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev-docs
 
 lab: $(VENV)/.course
 	@$(BIN)/jupyter lab nbs/index.ipynb

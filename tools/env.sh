@@ -19,7 +19,7 @@ fi
 echo "Installing paperbook with the extra '$extra' into $venv (once; some minutes and up to 6 GB, most of it torch)."
 echo "The log is $log"
 "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off -e ".[$extra]" >"$log" 2>&1 || {
-    if grep -qiE 'NewConnectionError|Failed to establish|Temporary failure in name resolution|Network is unreachable|ConnectTimeout|ProxyError|getaddrinfo' "$log"
+    if grep -qiE 'NewConnectionError|Failed to establish|Temporary failure in name resolution|Network is unreachable|ConnectTimeout|ProxyError|getaddrinfo|from versions: none' "$log"
     then die "the package index could not be reached; the first installation needs a network (log: $log)"
     elif grep -qi 'No space left' "$log"; then die "the disk is full; about 8 GB are needed (log: $log)"
     fi
