@@ -193,7 +193,7 @@ _adapt = _of('adapt',
      "Takes Adam's second moments as a free measure of curvature: edits of fine-tuned experts that do not matter are undone, and the others are averaged "
      "by curvature; the paper reports better merged models than weight-space baselines."))
 
-# %% ../../nbs/core/01_papers.ipynb #28c75b06
+# %% ../../nbs/core/01_papers.ipynb #dab0ff23
 _align = _of('align',
     ('sem_dpo', 'Sem-DPO: Mitigating Semantic Inconsistency in Preference Optimization for Prompt Engineering',
      8, 'Jul 27, 2025', '2507.20133', None,
@@ -215,7 +215,7 @@ _align = _of('align',
     ('bvpo', 'From Noisy Traces to Stable Gradients: Bias-Variance Optimized Preference Optimization for Aligning Large Reasoning Models',
      5, 'Oct 6, 2025', '2510.05095', None,
      "Mixes the noisy gradient of sampled reasoning traces with the biased one of empty traces, by the weight of least mean squared error; the paper "
-     "reports up to 7.8 points more on AlpacaEval 2 than training on traces alone."))
+     "reports gains of up to 7.8 points on AlpacaEval 2."))
 
 # %% ../../nbs/core/01_papers.ipynb #3a6051d8
 _align += _of('align',
