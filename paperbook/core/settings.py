@@ -7,13 +7,13 @@ Docs: https://paperbook.github.io/paperbook/nbs/core/settings.html.md"""
 # %% auto #0
 __all__ = ['Settings', 'read_settings', 'atomic_write']
 
-# %% ../../nbs/core/00_settings.ipynb #db4c68f8
+# %% ../../nbs/core/00_settings.ipynb #5504d7a2
 import os, tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from fastcore.xtras import Config
 
-# %% ../../nbs/core/00_settings.ipynb #691befc0
+# %% ../../nbs/core/00_settings.ipynb #21ffae5c
 @dataclass(frozen=True)
 class Settings:
     "The book's settings. Seeds are lists of non-negative integers; budgets are in seconds on two CPU cores."
@@ -23,8 +23,9 @@ class Settings:
     notebook_seconds: int = 60          # budget of one notebook
     verify_seconds: int = 60            # budget of one paper's fresh verification, figures included
     confidence: float = 0.95            # coverage of every interval in the ledger
+    checksums: dict = field(default_factory=dict) # data set -> checksum, where it differs from the one built into `core.data`
 
-# %% ../../nbs/core/00_settings.ipynb #e1e897bc
+# %% ../../nbs/core/00_settings.ipynb #771a7de7
 def _parse(text, like):
     "`text` of the ini file as the type of `like`"
     if isinstance(like, tuple): return tuple(int(o) for o in text.replace(',', ' ').split())
@@ -38,10 +39,11 @@ def read_settings(
     if not path.exists(): return Settings()
     cfg, default = Config(path.parent, path.name, create={}), Settings()
     known = {f.name for f in fields(Settings)}
+    sums = {k.removeprefix('data_'): v for k, v in cfg.d.items() if k.startswith('data_')}
     given = {k: v for k, v in cfg.d.items() if not k.startswith('data_')}
-    if unknown := sorted(set(given) - known):
+    if unknown := sorted(set(given) - known | set(given) & {'checksums'}):
         raise ValueError(f"{path.name}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    try: return Settings(**{k: _parse(v, getattr(default, k)) for k, v in given.items()})
+    try: return Settings(**{k: _parse(v, getattr(default, k)) for k, v in given.items()}, checksums=sums)
     except ValueError as e: raise ValueError(f"{path.name}: {e}") from None
 
 # %% ../../nbs/core/00_settings.ipynb #76bc30ec
