@@ -11,19 +11,24 @@ __all__ = ['COLORS', 'set_style', 'subplots', 'band', 'show_images']
 import math
 import numpy as np
 
-# %% ../../nbs/core/06_plots.ipynb #c093b7ac
+# %% ../../nbs/core/06_plots.ipynb #33937421
 COLORS = dict(blue='#0072B2', orange='#E69F00', green='#009E73', vermillion='#D55E00', purple='#CC79A7', sky='#56B4E9', yellow='#F0E442', black='#000000')
 
 def set_style():
     "Make the book's style matplotlib's default in this session."
     import matplotlib as mpl
     from cycler import cycler
+    try:
+        get_ipython()
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+        set_matplotlib_formats('png')   # one pixel a dot: pages stay light
+    except (NameError, ImportError): pass
     mpl.rcParams.update({
         'axes.prop_cycle': cycler(color=[c for n, c in COLORS.items() if n not in ('yellow', 'black')]),
         'font.size': 9, 'axes.titlesize': 9.5, 'axes.labelsize': 9, 'legend.fontsize': 8, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
         'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25, 'grid.linewidth': .6, 'axes.axisbelow': True,
         'axes.titlelocation': 'left', 'axes.titleweight': 'bold', 'legend.frameon': False, 'lines.linewidth': 1.6, 'image.cmap': 'cividis',
-        'figure.facecolor': 'white', 'savefig.facecolor': 'white', 'figure.dpi': 110, 'figure.constrained_layout.use': True})
+        'figure.facecolor': 'white', 'savefig.facecolor': 'white', 'figure.dpi': 130, 'figure.constrained_layout.use': True})
 
 # %% ../../nbs/core/06_plots.ipynb #bec01310
 def subplots(
