@@ -5,7 +5,7 @@
 PYTHON ?= python3
 PAPERS ?=
 SEEDS ?=
-JOBS ?= 1
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 

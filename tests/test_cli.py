@@ -25,7 +25,7 @@ def test_list_and_show(capsys):
     rows = json.loads(out)
     assert code == 0 and len(rows) == 44 and {'slug', 'title', 'part', 'state', 'summary'} <= rows[0].keys()
     code, out, _ = main(capsys, 'show', 'lion', '--json')
-    assert code == 0 and [c['claim'] for c in json.loads(out)['claims']] == [f'lion.C{i}' for i in range(1, 13)]
+    assert code == 0 and {f'lion.C{i}' for i in range(1, 13)} <= {c['claim'] for c in json.loads(out)['claims']}
     assert 'lion.C5' in main(capsys, 'show', 'lion')[1]
     assert main(capsys, 'show', 'sophia')[0] == 0      # planned papers are shown too
 

@@ -8,10 +8,10 @@ PATHS = [dict(foreach=False, fused=False), dict(foreach=True), dict(fused=True)]
 
 def reference(xs, grads, lr, betas, wd, decay='explicit'):
     "Lion in NumPy, float64, with the momentum of the negative gradient as the paper has it"
-    xs, (b1, b2) = [np.array(x, dtype=np.float64) for x in xs], betas
+    xs, (b1, b2) = [np.array(x.tolist(), dtype=np.float64).reshape(x.shape) for x in xs], betas
     ms = [np.zeros_like(x) for x in xs]
     for gs in grads:
-        for i, g in enumerate(gs):
+        for i, g in enumerate(map(np.asarray, gs)):
             v = np.sign(b1*ms[i] - (1-b1)*g)
             ms[i] = b2*ms[i] - (1-b2)*g
             xs[i] = xs[i] + lr*(v - wd*xs[i]) if decay == 'explicit' else (xs[i] + lr*v)/(1+lr*wd)
@@ -49,14 +49,14 @@ def test_equals_lion_pytorch(shapes, seed, path):
     for a, b in zip(train(lambda ps: Lion(ps, **kw, **path), xs, grads), train(lambda ps: peer(ps, **kw), xs, grads)): torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 @pytest.mark.parametrize('path', PATHS)
-@pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-5), (torch.bfloat16, .02), (torch.float16, .003)])
-def test_dtypes(path, dtype, tol):
-    "Gradients away from the sign's jump, so that rounding can't flip a step"
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(path, dtype):
+    "Gradients away from the sign's jump, so that rounding can't flip a step; four steps round at most twice each, by half an eps"
     xs, grads = trial([(7, 5), (3,)], 0, dtype=dtype)
     grads = [[g.abs()+1 for g in grads[0]]]*4
     got = train(lambda ps: Lion(ps, lr=.01, weight_decay=1., **path), xs, grads)
     for a, b in zip(got, reference(xs, [[g.double().numpy() for g in gs] for gs in grads], .01, (.9, .99), 1.)):
-        assert a.dtype == dtype and np.abs(a.double().numpy()-b).max() < tol
+        assert a.dtype == dtype and np.abs(a.double().numpy()-b).max() <= 4*torch.finfo(dtype).eps*np.abs(b).max()+1e-6
 
 @pytest.mark.parametrize('path', PATHS)
 def test_groups_missing_gradients_and_scalars(path):
