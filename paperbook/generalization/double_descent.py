@@ -373,7 +373,7 @@ class BatchedMLP(nn.Module):
             for p, q in zip(net.parameters(), (self.W1[i, :, a:a+h].T, self.b1[i, 0, a:a+h], self.W2[i, a:a+h].T, self.b2[i, j, 0])): p.copy_(q)
         return net
 
-# %% ../../nbs/generalization/01_double_descent.ipynb #84f4eec3
+# %% ../../nbs/generalization/01_double_descent.ipynb #0179d175
 def train_mlps(
     net,             # BatchedMLP; trained in place
     x, y,            # [N, d] or [seeds, N, d]; [N, K] or [seeds, N, K]
@@ -381,6 +381,7 @@ def train_mlps(
     optimizer='sgd', # or 'adam'
     batch_size=None, # None: full batch
     momentum=0., betas=(.9, .999), eps=1e-8,
+    callback=None,   # (epochs done, net) -> None, after each epoch
 ): # net
     "Minimise |f - Y|²/2N of every network by itself, all at once. Raises `ValueError` for options that make no sense."
     M, dt = len(net.seeds), net.W1.dtype
@@ -391,7 +392,7 @@ def train_mlps(
     ps = list(net.parameters())
     state, t = [(torch.zeros_like(p), torch.zeros_like(p), lr.view(-1, *[1]*(p.ndim-1))) for p in ps], 0
     gens = [torch.Generator().manual_seed(int(s)) for s in net.seeds]
-    for _ in range(int(epochs)):
+    for e in range(int(epochs)):
         i = (torch.arange(M)[:, None], torch.stack([torch.randperm(N, generator=g) for g in gens])) if B < N else ...
         xe, ye = x[i], y[i]
         for a in range(0, N, B):
@@ -401,6 +402,7 @@ def train_mlps(
                 for p, g, (m, v, eta) in zip(ps, gs, state):
                     if optimizer == 'adam': _adam(p, g, m, v, t, eta, *betas, eps)
                     else: m.mul_(momentum).add_(g); p.sub_(m*eta)
+        if callback: callback(e+1, net)
     return net
 
 # %% ../../nbs/generalization/01_double_descent.ipynb #3d6cf1ab
@@ -498,7 +500,7 @@ def _run_adam(ps, solvers):
             for p, z, y, ws in zip(g, Z, Y, W):
                 for (n, _), w in zip(nl, ws): yield p.row(n, (z@w-y).square().sum()/(2*len(y)), p.Zt@w[:p.size])
 
-# %% ../../nbs/generalization/01_double_descent.ipynb #88b4bdd9
+# %% ../../nbs/generalization/01_double_descent.ipynb #8cfd6290
 def sweep_random_features(
     solvers,  # name -> Solver
     seeds=(0, 1, 2), sizes=(50, 100, 160, 200, 250, 1000), # P, in any order
@@ -510,6 +512,7 @@ def sweep_random_features(
     sizes as one batch; Adam all learning rates as well. Sizes share the first columns of one draw. Raises `ValueError` as its parts do."""
     import pandas as pd
     sizes, ps = _sizes(sizes), []
+    if not solvers or not len(seeds): raise ValueError("sweep_random_features: needs at least one solver and one seed")
     for s in seeds:
         d = data(s)
         rf = RandomFeatures(d.x.shape[1], sizes[-1], activation, scale, normalize, seed=10_000*int(s)+draw).fit(d.x)
@@ -525,35 +528,35 @@ def sweep_mlp(
     epochs, lr, optimizer='sgd', batch_size=None, momentum=0., # as for `train_mlps`
     seeds=(0, 1, 2), widths=(8, 16, 24, 32, 48, 96, 192),
     data=noisy_digits, normalize='standard', scale=1., # None, 'center' or 'standard' inputs; factor on the first layer's start
-): # DataFrame with seed, size (the width), train_loss, test_loss, test_error
-    "Two-layer networks for every seed and width, trained at once."
-    net, x, y, xt, yt = _mlp_run(epochs, lr, optimizer, batch_size, momentum, tuple(seeds), tuple(_sizes(widths)), data, normalize, scale)
-    return _mlp_rows(net, x, y, xt, yt)
+): # DataFrame with seed, size (the width), train_loss, test_loss, test_error, and best_error: the lowest test error on the way
+    "Two-layer networks for every seed and width, trained at once. `best_error` looks at some 24 epochs, evenly spaced in their logarithm."
+    ds = [data(s) for s in seeds]
+    x, xt = (torch.stack(o).float() for o in zip(*(_inputs(d, normalize) for d in ds)))
+    y, yt = torch.stack([d.y for d in ds]).float(), torch.stack([d.y_test for d in ds]).float()
+    net = BatchedMLP(x.shape[2], _sizes(widths), y.shape[2], seeds, scale)
+    look, best = {int(round(epochs**(k/24))) for k in range(25)}, [_errors(net, xt, yt)]
+    def watch(e, net): best.append(_errors(net, xt, yt)) if e in look else None
+    train_mlps(net, x, y, epochs, lr, optimizer, batch_size, momentum, callback=watch)
+    return _mlp_rows(net, x, y, xt, yt, torch.stack(best).amin(0))
 
-# %% ../../nbs/generalization/01_double_descent.ipynb #cddf122f
+# %% ../../nbs/generalization/01_double_descent.ipynb #48f5e792
 def _inputs(d, normalize):
     "Training and test inputs, normalised by the training inputs"
     if normalize not in _norms[:3]: raise ValueError(f"normalize must be one of {_norms[:3]}, got {normalize!r}")
     m, s = d.x.mean(0)*(normalize is not None), _spread(d.x) if normalize == 'standard' else 1.
     return (d.x-m)/s, (d.x_test-m)/s
 
-def _mlp_run(epochs, lr, optimizer, batch_size, momentum, seeds, widths, data, normalize, scale):
-    ds = [data(s) for s in seeds]
-    x, xt = (torch.stack(o).float() for o in zip(*(_inputs(d, normalize) for d in ds)))
-    y, yt = torch.stack([d.y for d in ds]).float(), torch.stack([d.y_test for d in ds]).float()
-    net = BatchedMLP(x.shape[2], widths, y.shape[2], seeds, scale)
-    return train_mlps(net, x, y, epochs, lr, optimizer, batch_size, momentum), x, y, xt, yt
+@torch.no_grad()
+def _errors(net, xt, yt): return (net(xt).argmax(3) != yt[:, None].argmax(3)).float().mean(2)
 
 @torch.no_grad()
-def _mlp_rows(net, x, y, xt, yt):
+def _mlp_rows(net, x, y, xt, yt, best):
     import pandas as pd
-    f, ft = net(x), net(xt)
-    loss = (f-y[:, None]).square().sum((2, 3))/(2*x.shape[1])
-    test, err = (ft-yt[:, None]).square().sum(3).mean(2), (ft.argmax(3) != yt[:, None].argmax(3)).float().mean(2)
-    return pd.DataFrame([dict(seed=s, size=h, train_loss=float(loss[i, j]), test_loss=float(test[i, j]), test_error=float(err[i, j]))
+    loss, test, err = (net(x)-y[:, None]).square().sum((2, 3))/(2*x.shape[1]), (net(xt)-yt[:, None]).square().sum(3).mean(2), _errors(net, xt, yt)
+    return pd.DataFrame([dict(seed=s, size=h, train_loss=float(loss[i, j]), test_loss=float(test[i, j]), test_error=float(err[i, j]), best_error=float(best[i, j]))
                          for i, s in enumerate(net.seeds) for j, h in enumerate(net.widths)])
 
-# %% ../../nbs/generalization/01_double_descent.ipynb #89613cc9
+# %% ../../nbs/generalization/01_double_descent.ipynb #9b28dee1
 @dataclass(frozen=True)
 class Peak:
     "How high the peak of a size curve is: geometric means over the seeds with 95 % intervals."
@@ -582,7 +585,7 @@ def peak_height(
     if not near.any() or near[-1]: raise ValueError(f"peak_height: needs sizes between {band[0]*threshold:g} and {band[1]*threshold:g}, and a larger one; got {n.tolist()}")
     top = v[:, near].max(1)
     R, rise = top-v[:, -1], top-v[:, left].min(1) if left.any() else np.full(len(v), np.nan)
-    return Peak(*map(_exp, interval(R)), *map(_exp, interval(rise)), int(n[near][v[:, near].mean(0).argmax()]), tuple(np.exp(R)), tuple(np.exp(rise)))
+    return Peak(*map(_exp, interval(R)), *map(_exp, interval(rise)), int(n[near][v[:, near].mean(0).argmax()]), tuple(map(_exp, R)), tuple(map(_exp, rise)))
 
 def _exp(x): return math.inf if x > 700 else math.exp(x)
 
@@ -856,34 +859,39 @@ def long_horizons(seeds):
     return _zip(**out, **{'networks, training loss': _trends(np.stack([_log10(l) for _, _, l in h], 1), [1500, 10**4, 6*10**4], 'decreasing'),
                           'networks, hump': _trends(np.stack([a-b for a, b, _ in h], 1), [1500, 10**4, 6*10**4])})
 
-# %% ../../nbs/generalization/01_double_descent.ipynb #17df10c0
-_NET_FACTORS = { # factor -> level -> options of `sweep_mlp`; levels in the order in which the loss should fall and the hump grow
+# %% ../../nbs/generalization/01_double_descent.ipynb #b2c827b8
+_NET_FACTORS = { # factor -> level -> options of `sweep_mlp`; levels in the order in which the loss should fall
     'first-layer scale': {s: dict(epochs=1500, lr=1e-3, optimizer='adam', scale=s) for s in (.3, 1., 3.)},
     'normalisation': {n or 'raw': dict(epochs=1500, lr=1e-3, optimizer='adam', normalize=n) for n in (None, 'center', 'standard')},
     'batch size': {b: dict(epochs=300, lr=3e-3, batch_size=b) for b in (200, 50, 10)},
     'learning rate': {c: dict(epochs=1500, lr=c) for c in (1e-3, 3e-3, 1e-2, 3e-2)},
     'optimizer': {'GD': dict(epochs=1500, lr=3e-3), 'momentum': dict(epochs=1500, lr=3e-3, momentum=.9), 'Adam': dict(epochs=1500, lr=3e-3, optimizer='adam')}}
 
+def _overfit(df):
+    "[seeds] what training past the best epoch costs at the threshold (widths 24 and 32), minus the same at width 192; training loss at the threshold"
+    t, l = (df.assign(c=df.test_error-df.best_error).pivot(index='seed', columns='size', values=c) for c in ('c', 'train_loss'))
+    return t[[24, 32]].mean(axis=1).to_numpy()-t[192].to_numpy(), l[[24, 32]].mean(axis=1).to_numpy()
+
 @claim('double_descent.L2', 'phenomenon', 'in two-layer networks too, each factor acts through the training loss', scope=_nets, batched=True,
        at='lab', needs='`paperbook verify double_descent --scale lab`, 20 minutes on one core')
 def net_factors(seeds):
-    "Each factor by itself: log₁₀ training loss at the threshold falls and the hump (test error there minus at width 192) grows; over all 16 cells Spearman is below −0.9."
+    "Each factor by itself: log₁₀ training loss at the threshold falls, and the cost of training on (test error at the end minus the lowest on the way, there minus at width 192) grows. Over all 16 cells Spearman of the two is below −0.9."
     from scipy.stats import spearmanr
-    h = {f: [_hump(sweep_mlp(seeds=seeds, widths=(8, 24, 32, 192), data=_noisier, **kw)) for kw in levels.values()] for f, levels in _NET_FACTORS.items()}
-    loss, hump = ({f: np.stack([g(*o) for o in v], 1) for f, v in h.items()} for g in (lambda a, b, l: _log10(l+1e-12), lambda a, b, l: a-b))
-    rho = [spearmanr(l, k)[0] for l, k in zip(np.concatenate(list(loss.values()), 1), np.concatenate(list(hump.values()), 1))]
+    h = {f: [_overfit(sweep_mlp(seeds=seeds, widths=(8, 24, 32, 192), data=_noisier, **kw)) for kw in levels.values()] for f, levels in _NET_FACTORS.items()}
+    loss, cost = ({f: np.stack([g(*o) for o in v], 1) for f, v in h.items()} for g in (lambda c, l: _log10(l+1e-12), lambda c, l: c))
+    rho = [spearmanr(l, k)[0] for l, k in zip(np.concatenate(list(loss.values()), 1), np.concatenate(list(cost.values()), 1))]
     return _zip(**{'Spearman': [compare(float(r), -.9, 'lower') for r in rho]},
                 **{f'{f}, loss': _trends(v, list(_NET_FACTORS[f]), 'decreasing') for f, v in loss.items()},
-                **{f'{f}, hump': _trends(v, list(_NET_FACTORS[f])) for f, v in hump.items()})
+                **{f'{f}, cost': _trends(v, list(_NET_FACTORS[f])) for f, v in cost.items()})
 
-# %% ../../nbs/generalization/01_double_descent.ipynb #a127289c
+# %% ../../nbs/generalization/01_double_descent.ipynb #b7bef7ae
 from paperbook.core.settings import settings
 
 def _gmean(df, value='test_loss'):
     "sizes, geometric mean over the seeds, low, high"
     t = np.log(df.pivot(index='seed', columns='size', values=value))
     m, lo, hi = np.exp(np.array([interval(c) for c in t.to_numpy().T])).T
-    return np.array(t.columns), m, np.maximum(lo, 1e-3), np.minimum(hi, 1e6)
+    return np.array(t.columns), m, np.maximum(lo, 1e-12), np.minimum(hi, 1e12)
 
 def _curve(ax, df, value='test_loss', fill=True, **kw):
     x, m, lo, hi = _gmean(df, value)
@@ -916,13 +924,13 @@ def fig_budgets():
     ax.legend(loc='upper left')
     return fig
 
-# %% ../../nbs/generalization/01_double_descent.ipynb #60cdc4e5
+# %% ../../nbs/generalization/01_double_descent.ipynb #0c290659
 @figure('double_descent', 'factors')
 def fig_factors():
     "Six panels of test loss against the number of features, one for each factor: learning rate, batch size, optimizer, scale of the frozen layer, start of the trained layer, normalisation. In each, the peak at 200 features grows from the palest to the darkest line."
     from paperbook.core.plots import subplots
-    df, names = _sweep(tuple(settings.seeds)), [f for f in FACTORS if f != 'epochs']
-    titles = ['Learning rate: larger, higher', 'Batch size: smaller, higher', 'Optimizer: stronger, higher', 'Frozen layer: larger scale, higher',
+    df, names = _sweep(tuple(settings.seeds)), ['learning rate', 'batch size', 'optimizer', 'first-layer scale', 'start of W', 'normalisation']
+    titles = ['Learning rate: larger, higher', 'Batch size: smaller, higher', 'Optimizer: stronger, higher', 'Frozen layer: larger $s$, higher',
               'Start of $W$: larger, tail lifted', 'Normalisation: more, higher']
     labels = ['$\\eta\\lambda_{\\max}$ =', 'B =', '', 's =', 'spread', '']
     fig, axs = subplots(2, 3, width=7.8, height=5.2, sharex=True)
@@ -932,8 +940,8 @@ def fig_factors():
         for l, c in zip(levels, _shades(len(levels))):
             d = df[(df.factor == f) & (df.level == l)]
             _curve(ax, d, color=c, label=f'{lab} {_say(l)}'.strip(), fill=f != 'optimizer', ls='--' if str(l).startswith('Adam') else '-')
-        ax.set(xscale='log', yscale='log', title=t); ax.legend(fontsize=6.5, loc='upper left', handlelength=1.3, labelspacing=.25)
-        ax.set_ylim(top=ax.get_ylim()[1]*(8 if f == 'optimizer' else 2.2))
+        ax.set(xscale='log', yscale='linear' if f in names[:2] else 'log', title=t); ax.legend(fontsize=6.5, loc='upper left', handlelength=1.3, labelspacing=.25)
+        ax.set_ylim(top=ax.get_ylim()[1]*(1.25 if f in names[:2] else 2.2))
         ax.set_xticks([25, 200, 1000], ['25', '200', '1000']); ax.minorticks_off()
     for ax in axs[1]: ax.set_xlabel('random features $P$')
     for ax in axs[:, 0]: ax.set_ylabel('test loss')
@@ -979,19 +987,22 @@ def fig_filters():
     fig.suptitle('Only at $P=N$ are there small singular values to amplify (dotted: the cap of step 3)', x=.01, ha='left', fontsize=9.5, fontweight='bold')
     return fig
 
-# %% ../../nbs/generalization/01_double_descent.ipynb #18c7a71f
+# %% ../../nbs/generalization/01_double_descent.ipynb #c3131e93
 @figure('double_descent', 'nets')
 def fig_nets():
-    "Two panels for two-layer networks against their width. Left, test error: Adam's curve stays near 0.5 up to the threshold and then descends a second time, gradient descent's falls early and stays low. Right, training loss: Adam's falls to nearly zero beyond the threshold, gradient descent's stays above 0.1."
-    from paperbook.core.plots import subplots, COLORS
+    "Two panels for two-layer networks against their width. Left, test error: Adam's curve stays near 0.5 up to the threshold and then descends, gradient descent's falls early and stays low; dotted lines show the best error on the way, which is low and smooth for both. Right, training loss: Adam's falls to nearly zero beyond the threshold, gradient descent's stays above 0.1."
+    from paperbook.core.plots import subplots, band, COLORS
     fig, axs = subplots(1, 2, width=7.2, height=2.7)
     for (n, df), c in zip(_net_sweeps(tuple(settings.seeds)).items(), ('vermillion', 'blue')):
-        _curve(axs[0], df, 'test_error', color=COLORS[c], label=f'{n}, 1500 steps'); _curve(axs[1], df, 'train_loss', color=COLORS[c], label=n)
-    axs[0].set(xscale='log', xlabel='hidden units', ylabel='test error', title='Adam hesitates at the threshold')
+        t = df.pivot(index='seed', columns='size', values='test_error')
+        band(axs[0], t.columns, t.to_numpy(), f'{n}, 1500 steps', COLORS[c], marker='o', ms=3); _curve(axs[1], df, 'train_loss', False, color=COLORS[c])
+        t = df.pivot(index='seed', columns='size', values='best_error')
+        axs[0].plot(t.columns, t.mean(), ls=':', color=COLORS[c], label=f'{n}, best on the way')
+    axs[0].set(xscale='log', ylim=(0, .85), xlabel='hidden units', ylabel='test error', title='Adam: late second descent; GD: none')
     axs[1].set(xscale='log', yscale='log', xlabel='hidden units', ylabel='training loss', title='Only Adam fits the noise', ylim=(1e-7, 1))
     for ax in axs:
         ax.axvline(26.5, color='grey', lw=1, ls=':'); ax.set_xticks([4, 8, 16, 32, 64, 192], ['4', '8', '16', '32', '64', '192']); ax.minorticks_off()
-    axs[0].legend()
+    axs[0].legend(ncol=2, fontsize=7, loc='upper right')
     return fig
 
 # %% ../../nbs/generalization/01_double_descent.ipynb #4c1c4bb6
