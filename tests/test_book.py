@@ -87,3 +87,8 @@ def test_every_claim_is_recorded_with_the_seeds_it_needs(p):
         if c.at == 'lab': continue
         assert c.id in rec and not rec[c.id].error, f'{c.id} is not recorded: paperbook verify {p.slug} --record'
         assert len(led.done(c)) >= (10 if c.kind in ('comparison', 'ablation') else 3), f'{c.id} was recorded by other code or with too few seeds: paperbook verify {p.slug} --record'
+
+def test_readme_is_the_home_page():
+    import subprocess, sys
+    r = subprocess.run([sys.executable, 'tools/readme.py', '--check'], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
