@@ -103,7 +103,7 @@ def _ready(slugs):
     if planned := [p.slug for p in ps if p.state != 'ready']: raise ValueError(f"{planned[0]} is planned and has no notebook yet; `paperbook list` shows the state of each paper")
     return ps
 
-# %% ../../nbs/core/09_cli.ipynb #746e78a5
+# %% ../../nbs/core/09_cli.ipynb #0dc13c57
 def cmd_verify(a):
     "Run the claims, print the ledger, write the report. Returns the exit code."
     from paperbook.core.claims import verify, verdict, ours
@@ -116,7 +116,7 @@ def cmd_verify(a):
             runs.append(verify(p.slug, seeds, a.scale, a.jobs, a.backend, only, out=None if a.record else out/f'{p.slug}.json', record=a.record, progress=bar.of(p.slug)))
             if runs[-1].interrupted: break
     report = write_report(runs, out/'report.html', a.line, figures=not a.no_figures)
-    if a.json: print(json.dumps(dict(report=str(report), papers=[r.to_dict() for r in runs]), indent=1))
+    if a.json: print(json.dumps(dict(report=str(report.resolve()), papers=[r.to_dict() for r in runs]), indent=1))
     else: _print_ledger(runs, report)
     return 130 if any(r.interrupted for r in runs) else int(any(r.worse for r in runs))
 
