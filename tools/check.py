@@ -26,7 +26,7 @@ def unchanged(title, patterns, cmd, mend):
         sys.exit(f"{title}: out of step: {', '.join(changed)}\nThey are mended now; look at them and commit. ({mend})")
 
 def notebooks(workers=2):
-    "Execute the notebooks side by side, each in a process of its own; print how long each took"
+    "Execute the notebooks side by side, each in a process with one thread; print how long each took"
     print('\n== every notebook', flush=True)
     todo = [p for p in sorted(Path('nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
     running, times, failed, start = {}, {}, [], time.time()
@@ -34,7 +34,8 @@ def notebooks(workers=2):
         while todo and len(running) < workers:
             p = todo.pop(0)
             log = tempfile.TemporaryFile('w+')
-            running[p] = subprocess.Popen(['nbdev-test', str(p), '--n-workers', '0'], stdout=log, stderr=log), log, time.time()
+            running[p] = subprocess.Popen(['nbdev-test', str(p), '--n-workers', '0'], stdout=log, stderr=log,
+                                          env={**os.environ, 'OMP_NUM_THREADS': '1'}), log, time.time()
         for p, (proc, log, t0) in list(running.items()):
             if proc.poll() is None: continue
             times[p] = time.time()-t0

@@ -113,7 +113,7 @@ class Shrink(Elementwise):
     def _star(self, z): return self.e*_wide(z).abs().sum()
     def _dstar(self, z): return self.e*z.sign()
 
-# %% ../../nbs/optim/01_lion.ipynb #9d792328
+# %% ../../nbs/optim/01_lion.ipynb #5d9d7743
 @dataclass(frozen=True)
 class Relativistic(Elementwise):
     "K = sum √(x² + e²): a smooth Lion. K* = -e sum √(1 - z²) on the box: solutions stay inside."
@@ -138,6 +138,7 @@ class LogCosh(Elementwise):
         return self.e/2*(torch.xlogy(1+z, 1+z)+torch.xlogy(1-z, 1-z)).sum()
     def _dstar(self, z): return self.e*z.clamp(-1, 1).atanh()
 
+# %% ../../nbs/optim/01_lion.ipynb #8da89c90
 @dataclass(frozen=True)
 class Power(Elementwise):
     "K = sum |x|^p/p. K* = sum |z|^q/q with 1/p + 1/q = 1: a penalty and no constraint. p = 2 is SGD with momentum."
@@ -609,7 +610,7 @@ def lion_ode(
     rate = torch.stack([flow_decrement(a, b, _grad(f, a), *con)[2] for a, b in zip(x, m)])
     return Flow(torch.tensor(t, dtype=torch.float64), x, m, fx, H, rate)
 
-# %% ../../nbs/optim/01_lion.ipynb #a04c3864
+# %% ../../nbs/optim/01_lion.ipynb #7ccc8db9
 ConstraintReport = namedtuple('ConstraintReport', 'excess at_bound score')
 
 def _num(t): "A 0-d tensor, sharded or not, as a float"; return float(t.full_tensor() if hasattr(t, 'full_tensor') else t)
@@ -621,15 +622,17 @@ def constraint_report(
     kappa=None, # K to assume; by default that of each group, and Lion's for other optimizers
     tol=1e-3, # a constraint counts as active from 1 - tol of its bound
 ) -> ConstraintReport: # excess: by what fraction the worst constraint is exceeded; at_bound: share that is active; score: S
-    "How the parameters stand to the constraint f + K*(λx)/λ. Groups with λ = 0 have none. Raises `ValueError` where no group has one."
+    """How the parameters stand to the constraint of f + K*(λx)/λ. Groups with λ = 0 have none. Raises `ValueError` where no group has one.
+
+    A tensor that is still outside is scaled down to the constraint for the score, which is infinite outside."""
     worst, active, total, score = 0., 0., 0, 0.
     for g in getattr(opt, 'opt', opt).param_groups:   # fastai wraps torch's optimizers, and calls the decay of its own wd
         l, k = g.get('weight_decay', g.get('wd', 0.)) if lam is None else lam, kappa or g.get('kappa', L1())
         for p in g['params']:
             if p.grad is None or not l > 0 or not p.numel(): continue
             u = k.gauge(l*p)
-            worst, active, total = max(worst, _num(u.max())), active+_num((u >= 1-tol).sum()), total+u.numel()
-            score += _num(stationarity_score(_wide(p), _wide(p.grad), l, k))
+            top, active, total = _num(u.max()), active+_num((u >= 1-tol).sum()), total+u.numel()
+            worst, score = max(worst, top), score+_num(stationarity_score(_wide(p)/max(top, 1.), _wide(p.grad), l, k))
     if not total: raise ValueError("no parameter has a gradient and weight decay > 0, so there is no constraint to watch; "
                                    "call it between backward and step, or give `lam`")
     return ConstraintReport(max(worst-1, 0.), active/total, score)
@@ -912,17 +915,18 @@ def family_solves_composites(seeds):
     return _split({'distance': lambda i: bound(far[:, i], 1e-4), 'non-zero weights': lambda i: exact(same[:, i], 0.),
                    'S of the reference': lambda i: bound(S, 1e-6)}, len(seeds))
 
-# %% ../../nbs/optim/01_lion.ipynb #0f9cafd4
+# %% ../../nbs/optim/01_lion.ipynb #0640c2f6
 _LRS = 1e-3, 3e-3, 1e-2, 3e-2, 1e-1
 
 @lru_cache
 def _floors(seeds, steps=4000):
-    "Stationarity score along Lion's runs at five constant learning rates, means of 40 steps, [times, lr, seeds]"
+    "Stationarity score along Lion's runs at five constant learning rates, means over 40 steps, [times, lr, seeds]"
     P, S = _logistic('breast_cancer'), []
     opt = Lion([dict(params=[_rows(seeds, P.d, inside=.5)], lr=lr) for lr in _LRS], weight_decay=2.)
-    score = lambda i, ps: S.append(torch.stack([(p.grad.abs()+2*p.grad*p.data).sum(1) for p in ps])) # |g|₁ + λ g·x, inside the box
-    _descend(opt, _full(P), steps, anneal=False, watch=score)
-    return torch.stack(S).unflatten(0, (-1, 40)).mean(1)
+    def watch(i, ps): # |g|₁ + λ g·x, inside the box
+        if i % 4 == 0: x, g = torch.stack([p.data for p in ps]), torch.stack([p.grad for p in ps]); S.append((g.abs()+2*g*x).sum(2))
+    _descend(opt, _full(P), steps, anneal=False, watch=watch)
+    return torch.stack(S).unflatten(0, (-1, 10)).mean(1)
 
 @claim('lion.C7', kind='bound', paper='a constant learning rate ε leaves a floor that shrinks with ε', batched=True)
 def constant_lr_floor(seeds):
@@ -1129,7 +1133,7 @@ def norms_and_architectures(seeds):
     best = {a: [_PS[i] for i in _norm_sweep(tuple(seeds), a).argmin(0)] for a in ('ViT', 'MLP')}
     return [compare(v, m, better='lower') for v, m in zip(best['ViT'], best['MLP'])]
 
-# %% ../../nbs/optim/01_lion.ipynb #58b9852e
+# %% ../../nbs/optim/01_lion.ipynb #7beb67ec
 def _two_phases(steps=1600, lr=.01, lam=1.):
     "Lion (implicit) and AdamW in the valley: paths, and f, H, S along Lion's"
     x, m, rows = torch.tensor([-1.7, .3], dtype=torch.float64), torch.zeros(2, dtype=torch.float64), []
@@ -1159,7 +1163,8 @@ def fig_phases():
     ax.plot(*adamw.T, ':', color=COLORS['green'], label='AdamW'); ax.plot(*x[-1], 'o', color=COLORS['blue']); ax.plot(*adamw[-1], 's', color=COLORS['green'])
     ax.set(xlabel='weight x₁', ylabel='weight x₂', title='Into the box, then to its best point'); ax.legend(loc='lower left', fontsize=7)
     for n, y, c, label in (('f', f, 'black', 'loss f'), ('H', H, 'blue', 'energy H'), ('S', S, 'vermillion', 'score S')):
-        parts[n].plot(y.where(y.isfinite(), torch.nan), color=COLORS[c]); parts[n].axvspan(0, k, color=COLORS['orange'], alpha=.15, lw=0); parts[n].set_ylabel(label)
+        parts[n].plot(y.where(y.isfinite(), torch.nan), color=COLORS[c]); parts[n].axvspan(1, k, color=COLORS['orange'], alpha=.15, lw=0); parts[n].set_ylabel(label)
+    for n in 'fHS': parts[n].set(xscale='log', xlim=(1, len(f)))
     parts['S'].set(xlabel='step (phase 1 shaded)', yscale='log'); parts['f'].set_title('H and S exist inside the box')
     return fig
 
