@@ -7,7 +7,7 @@ from paperbook.core import claims, cli
 exe = str(Path(sys.executable).parent/'paperbook')
 
 def sh(*argv, cwd=None, **env):
-    r = subprocess.run([exe, *argv], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=300)
+    r = subprocess.run([exe, *argv], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=900)
     return r.returncode, r.stdout, r.stderr
 
 def main(capsys, *argv):
@@ -124,3 +124,13 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     out, err = p.communicate(timeout=120)
     assert p.returncode == 130, err
     assert claims.Ledger(f).results() and json.loads(out)['papers'][0]['interrupted']
+
+def test_lab_record_is_shown_beside_a_book_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, 'ledger_path', lambda slug: tmp_path/f'{slug}.json')
+    monkeypatch.setattr(claims, 'claims_of', lambda slug: [claims.Claim('demo.L1', 'comparison', 'p', check, '–', 'small', False, 'lab', 'a GPU')])
+    assert claims.verify('demo', 5, 'lab', record=True)['L1'].seeds == [0, 1, 2, 3, 4]
+    v = claims.verify('demo', [3])
+    assert v.counts() == {'not run': 1} and 'needs a GPU; recorded: scaled' in v.rows()[0][4] and 'scaled' in v._repr_html_()
+    assert claims.recorded('demo').keys() == claims.recorded('demo', 'lab').keys() == {'demo.L1'}
+
+def check(seed): return claims.compare(2+seed/100, 1, better='higher')

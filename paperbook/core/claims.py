@@ -501,14 +501,16 @@ def _natural(s):
     "Sort key: lion.C2 before lion.C10"
     return [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', s)]
 
-# %% ../../nbs/core/02_claims.ipynb #8238d1f8
+# %% ../../nbs/core/02_claims.ipynb #bee4513c
 def ledger_path(slug) -> Path:
     "The recorded ledger of a paper, inside the package."
     return Path(importlib.import_module('paperbook').__file__).parent/'ledger'/f'{slug}.json'
 
 def recorded(slug, scale='book') -> dict: # id -> Result; empty where nothing was recorded
-    "The recorded results of a paper."
-    return Ledger(ledger_path(slug)).results(scale)
+    "The recorded results of a paper at a scale; at book scale also those that were recorded at lab scale only."
+    led = Ledger(ledger_path(slug))
+    both = {**led.results('lab'), **led.results(scale)}
+    return {k: both[k] for k in sorted(both, key=_natural)}
 
 # %% ../../nbs/core/02_claims.ipynb #e294ef31
 def _welch_high(a, b, confidence):
@@ -545,7 +547,7 @@ def against(
                 return 'worse', f'{k or e.type}: effect {_g(x.mean())}, recorded {_g(y.mean())}'
     return ('too few seeds', 'an effect that the record shows is not clear with these seeds') if few else ('same', '')
 
-# %% ../../nbs/core/02_claims.ipynb #69f60c5b
+# %% ../../nbs/core/02_claims.ipynb #10343ca1
 class Verification:
     "The results of one run of `verify`. Shows itself as a table."
     cols = 'claim', 'kind', 'what the paper says', "the paper's number", 'ours', 'verdict', 'seeds', 'seconds'
@@ -566,9 +568,13 @@ class Verification:
         v = [verdict(r) for r in self.results]
         return {k: v.count(k) for k in VERDICTS if k in v}
 
+    def _ours(self, r):
+        old = self.rec.get(r.claim) if not r.measurements else None
+        return ours(r) + (f"; recorded: {verdict(old)}, {ours(old)}" if old else '')
+
     def rows(self):
         "The cells of the table, a list a claim."
-        return [[r.claim, r.kind, r.paper, r.number, ours(r), verdict(r) + (f" ({r.scope})" if verdict(r) == 'scaled' else ''),
+        return [[r.claim, r.kind, r.paper, r.number, self._ours(r), verdict(r) + (f" ({r.scope})" if verdict(r) == 'scaled' else ''),
                  str(len(r.seeds)), f'{r.seconds:.1f}'] for r in self.results]
 
     def to_dict(self) -> dict:
@@ -581,7 +587,7 @@ class Verification:
 
 def _json(x): return x if math.isfinite(x) else None
 
-# %% ../../nbs/core/02_claims.ipynb #60b9f76e
+# %% ../../nbs/core/02_claims.ipynb #ec324d69
 MARKS = {'verified': '✓', 'scaled': '✓', 'inconclusive': '?', 'contradicted': '✗', 'not run': '–', 'error': '!'}
 _TINT = {'verified': '#0072B2', 'scaled': '#56B4E9', 'inconclusive': '#E69F00', 'contradicted': '#D55E00', 'not run': '#888888', 'error': '#CC79A7'}
 
@@ -598,7 +604,7 @@ def __repr__(self:Verification):
     lines = [f"{self.slug}, {self.scale} scale: {self._summary()}"]
     for r in self.results:
         v = verdict(r)
-        lines += [f"{MARKS[v]} {r.claim:<12}  {v:<13} {r.paper} ({r.kind}; paper: {r.number})", w(f"{'':16}{ours(r)}", 130)]
+        lines += [f"{MARKS[v]} {r.claim:<12}  {v:<13} {r.paper} ({r.kind}; paper: {r.number})", w(f"{'':16}{self._ours(r)}", 130)]
         if r.compared in ('worse', 'too few seeds'): lines.append(f"{'':16}{r.compared}: {r.why}")
     return '\n'.join(lines)
 
