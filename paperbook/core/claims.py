@@ -12,7 +12,7 @@ __all__ = ['MIN_SEEDS', 'KINDS', 'registry', 'VERDICTS', 'LEDGER_VERSION', 'MARK
            'verify']
 
 # %% ../../nbs/core/02_claims.ipynb #c8e99c16
-import ast, hashlib, html, importlib, inspect, json, math, os, platform, random, re, sys, textwrap, time, traceback
+import ast, hashlib, html, importlib, inspect, io, json, math, os, platform, random, re, sys, textwrap, time, tokenize, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field, asdict
 from functools import lru_cache
@@ -413,18 +413,26 @@ LEDGER_VERSION = 1
 class LedgerError(ValueError):
     "A ledger file that can't be read. The file is left as it was."
 
-def _strip_docs(tree):
-    for n in ast.walk(tree):
-        if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n): n.body = n.body[1:]
-    return tree
+def _bare(src):
+    "Python source without comments, docstrings, blank lines and trailing spaces: the same text under every version of Python"
+    lines = src.splitlines()
+    cut = [(*t.start, *t.end) for t in tokenize.generate_tokens(io.StringIO(src).readline) if t.type == tokenize.COMMENT]
+    char = lambda line, byte: len(lines[line-1].encode()[:byte].decode())   # ast counts bytes, tokenize characters
+    for n in ast.walk(ast.parse(src)):
+        if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n, clean=False) is not None:
+            d = n.body[0]
+            cut.append((d.lineno, char(d.lineno, d.col_offset), d.end_lineno, char(d.end_lineno, d.end_col_offset)))
+    for l0, c0, l1, c1 in sorted(cut, reverse=True):
+        lines[l0-1:l1] = [lines[l0-1][:c0]+lines[l1-1][c1:]] + ['']*(l1-l0)
+    return '\n'.join(l.rstrip() for l in lines if l.strip())
 
 def fingerprint(check) -> str: # 12 hex digits
     "Hash of the code of the check's module, without comments and docstrings; of the check alone in a notebook."
     mod = sys.modules.get(check.__module__)
     try: src = inspect.getsource(mod if getattr(mod, '__file__', None) and mod.__name__ != '__main__' else check)
     except (OSError, TypeError): src = check.__qualname__
-    try: src = ast.dump(_strip_docs(ast.parse(textwrap.dedent(src))))
-    except SyntaxError: pass
+    try: src = _bare(textwrap.dedent(src))
+    except (SyntaxError, tokenize.TokenError): pass
     return hashlib.sha256(src.encode()).hexdigest()[:12]
 
 @lru_cache(maxsize=1)
@@ -513,24 +521,26 @@ def recorded(slug, scale='book') -> dict: # id -> Result; empty where nothing wa
     return {k: both[k] for k in sorted(both, key=_natural)}
 
 # %% ../../nbs/core/02_claims.ipynb #e294ef31
-def _welch_high(a, b, confidence):
-    "Upper end of Welch's interval for mean(a) - mean(b)"
-    va, vb = a.var(ddof=1)/len(a), b.var(ddof=1)/len(b)
-    d, se2 = float(a.mean()-b.mean()), float(va+vb)
-    if se2 == 0: return d
-    df = se2**2/(va**2/(len(a)-1)+vb**2/(len(b)-1))
-    return d + _t(.5+confidence/2, round(df, 6))*math.sqrt(se2)
+def _high(a, b, confidence):
+    "Upper end of Student's interval for mean(a) - mean(b), with one spread for both"
+    df = len(a)+len(b)-2
+    var = (a.var(ddof=1)*(len(a)-1)+b.var(ddof=1)*(len(b)-1))/df
+    return float(a.mean()-b.mean()) + _t(.5+confidence/2, df)*math.sqrt(var*(1/len(a)+1/len(b)))
+
+def _n_effects(r): return sum(effects(evs).shape[1] for evs in r.evidence().values() if evs[0].type not in ('exact', 'bound'))
 
 def against(
     fresh, # Result
     rec,   # recorded Result, or None
-    confidence=settings.confidence
+    confidence=settings.confidence,
+    effects_in_run=None # effects that share the error rate; by default those of `fresh`
 ) -> tuple: # ('same' | 'worse' | 'too few seeds' | 'new', why)
     "How a fresh result stands to the recorded one."
-    if fresh.error: return 'worse', f"error: {fresh.error}"
-    if rec is None or not rec.measurements or rec.error: return 'new', 'nothing recorded to compare with'
     if not fresh.measurements: return '', 'not run'
+    if verdict(fresh) == 'error': return 'worse', f"error: {ours(fresh)}"
+    if rec is None or verdict(rec) in ('not run', 'error'): return 'new', 'nothing recorded to compare with'
     old, new, few = rec.evidence(), fresh.evidence(), False
+    share = 1-(1-confidence)/max(effects_in_run or _n_effects(fresh), 1)
     for k, evs in new.items():
         if k not in old: return 'new', f'part {k!r} is not in the record'
         e = evs[0]
@@ -543,7 +553,7 @@ def against(
         few |= judge(evs).status == 'unclear' and judge(old[k]).status != 'unclear'
         if len(a) < 2 or len(b) < 2: continue
         for x, y in zip(a.T, b.T):
-            if _welch_high(x, y, confidence) < -abs(y.mean())/100:
+            if _high(x, y, share) < -abs(y.mean())/100:
                 return 'worse', f'{k or e.type}: effect {_g(x.mean())}, recorded {_g(y.mean())}'
     return ('too few seeds', 'an effect that the record shows is not clear with these seeds') if few else ('same', '')
 
@@ -553,7 +563,8 @@ class Verification:
     cols = 'claim', 'kind', 'what the paper says', "the paper's number", 'ours', 'verdict', 'seeds', 'seconds'
     def __init__(self, slug, results, rec=None, scale='book', interrupted=False):
         self.slug, self.results, self.rec, self.scale, self.interrupted = slug, results, rec or {}, scale, interrupted
-        for r in results: r.compared, r.why = against(r, self.rec.get(r.claim)) if r.measurements else ('', '')
+        n = sum(_n_effects(r) for r in results if verdict(r) not in ('not run', 'error') and r.claim in self.rec)
+        for r in results: r.compared, r.why = against(r, self.rec.get(r.claim), effects_in_run=n) if r.measurements else ('', '')
 
     def __iter__(self): return iter(self.results)
     def __len__(self): return len(self.results)
