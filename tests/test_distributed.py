@@ -6,21 +6,23 @@ WORKER = '''
 import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor, Shard, Replicate
-from paperbook.optim.lion import LionK, L1, Huber, LpNorm, GroupL2, Nuclear, TopK
+from paperbook.optim.lion import LionK, L1, Huber, LpNorm, GroupL2, Nuclear, TopK, LInf, constraint_report
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
 mesh = init_device_mesh('cpu', (2,))
-for kappa in (L1(), Huber(.1), LpNorm(1.5), LpNorm(2, rescale=True), GroupL2(), GroupL2(dim=None), TopK(3), Nuclear()):
-    for place in ([Shard(0)], [Replicate()]):
+for kappa in (L1(), Huber(.1), LpNorm(1.5), LpNorm(2, rescale=True), LInf(), GroupL2(), GroupL2(dim=0), GroupL2(dim=None), TopK(3), Nuclear()):
+    for place in ([Shard(0)], [Shard(1)], [Replicate()]):
         g = torch.Generator().manual_seed(0)
-        xs = [torch.randn(s, generator=g, dtype=torch.float64) for s in ((6, 4), (5,), (3, 2))]   # 5 and 3 don't divide by 2
+        xs = [torch.randn(s, generator=g, dtype=torch.float64) for s in ((6, 4), (3, 2), (1, 4), (4, 1), *[(5,), (1,)]*(place != [Shard(1)]))]   # 5 and 3 don't divide by 2; of 1 the second process has nothing
         grads = [[torch.randn(x.shape, generator=g, dtype=torch.float64) for x in xs] for _ in range(3)]
         one = [torch.nn.Parameter(x.clone()) for x in xs]
         two = [torch.nn.Parameter(distribute_tensor(x.clone(), mesh, place)) for x in xs]
         a, b = (LionK(ps, lr=.05, weight_decay=1., kappa=kappa) for ps in (one, two))
         for gs in grads:
             for p, q, d in zip(one, two, gs): p.grad, q.grad = d.clone(), distribute_tensor(d.clone(), mesh, place)
+            ra, rb = constraint_report(a), constraint_report(b)
+            assert all(abs(u-v) < 1e-9*max(1, abs(u)) for u, v in zip(ra, rb)), (kappa, place, ra, rb)
             a.step(); b.step()
         for p, q in zip(one, two):
             assert q.placements == tuple(place)

@@ -151,3 +151,17 @@ def test_fastai_learner_with_the_monitor():
     steps = 12*len(learn.dls.train)
     assert top()-.1 <= (start-.1)*(1-.03)**steps+1e-6 and len(mon.log) == -(-steps//10)   # the violation dies at least as fast as the theorem says
     assert copy.deepcopy(learn.opt.opt).radius == [pytest.approx(.1)]
+
+def test_lr_find_of_fastai():
+    "It tries rates up to 10: explicit decay refuses those that overshoot, a smaller end or implicit decay goes through"
+    from functools import partial
+    from fastai.learner import Learner
+    from fastai.optimizer import OptimWrapper
+    import fastai.callback.schedule
+    from paperbook.core.data import load
+    from paperbook.core.models import MLP
+    def find(end, **kw):
+        learn = Learner(load('digits').dls(), MLP([64, 32, 10]), loss_func=torch.nn.functional.cross_entropy, opt_func=partial(OptimWrapper, opt=Lion, weight_decay=1., **kw))
+        with learn.no_bar(), learn.no_logging(): learn.lr_find(end_lr=end, num_it=20, show_plot=False)
+    with pytest.raises(ValueError, match='overshoot'): find(10)
+    find(.5); find(10, decay='implicit')

@@ -49,7 +49,7 @@ def empty_env(wheel, tmp_path_factory):
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(d)], check=True)
     py = d/'bin'/'python'
     site = Path(subprocess.run([py, '-c', 'import site; print(site.getsitepackages()[0])'], capture_output=True, text=True, check=True).stdout.strip())
-    with zipfile.ZipFile(wheel) as z: z.extractall(site)
+    subprocess.run([sys.executable, '-m', 'pip', '--python', str(py), 'install', '-q', '--no-deps', '--no-index', str(wheel)], check=True)
     base = base_closure()
     norm = lambda s: s.lower().replace('_', '-').replace('.', '-')
     blocked = sorted(top for top, dists in md.packages_distributions().items() if not {norm(o) for o in dists} & base and top not in ('paperbook', 'pip'))
@@ -94,6 +94,10 @@ from paperbook.core.data import load
 try: load('breast_cancer')
 except ImportError as e: print(e)
 ''')
+
+def test_command_is_installed(empty_env):
+    r = subprocess.run([empty_env.parent/'paperbook', 'show', 'lion'], capture_output=True, text=True, cwd='/')
+    assert r.returncode == 0 and 'lion.C1' in r.stdout, r.stderr
 
 def test_command_line_without_rich(empty_env):
     out = run(empty_env, "from paperbook.core.cli import main; print(main(['list'])); print(main(['show', 'lion']))")

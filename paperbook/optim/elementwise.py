@@ -116,7 +116,7 @@ class SinglePass:
         if first is None or first.dtype not in _TYPES or first.device.type != 'cpu': return False
         for ts in zip(*lists):
             p = ts[0]
-            if any(t.dtype != p.dtype or t.stride() != p.stride() or type(t) not in (torch.Tensor, torch.nn.Parameter) for t in ts): return False
+            if any(t.dtype != p.dtype or t.stride() != p.stride() or t.is_neg() or type(t) not in (torch.Tensor, torch.nn.Parameter) for t in ts): return False
             if not (p.is_contiguous() or p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)): return False
         return self._kernel(first.dtype) is not None
 
