@@ -214,6 +214,16 @@ def test_tied_weights_stay_tied():
     assert m.lm_head.weight is m.transformer.wte.weight
     with pytest.raises(ValueError, match='lm_head and|and lm_head'): add_lora(m, target=['lm_head'])
 
+def test_flags_come_back_as_they_were():
+    m = net()
+    m[0].requires_grad_(False); m[4].bias.requires_grad_(False)
+    was = [p.requires_grad for p in m.parameters()]
+    add_lora(m, target=['0', '2'], train=['4'])
+    assert [n for n, p in m.named_parameters() if p.requires_grad and 'lora' not in n] == ['4.weight', '4.bias']
+    assert [p.requires_grad for p in remove_lora(m).parameters()] == was
+    for part in (m[:1], m[2:]): add_lora(part, target=['0'])
+    assert [p.requires_grad for p in remove_lora(m, merge=True).parameters()] == was
+
 def test_saved_inside_merged_is_an_ordinary_model(tmp_path):
     from transformers import LlamaForCausalLM
     m = filled(add_lora(llama().eval(), dora=True))
