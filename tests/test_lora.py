@@ -221,7 +221,7 @@ def test_flags_come_back_as_they_were():
     add_lora(m, target=['0', '2'], train=['4'])
     assert [n for n, p in m.named_parameters() if p.requires_grad and 'lora' not in n] == ['4.weight', '4.bias']
     assert [p.requires_grad for p in remove_lora(m).parameters()] == was
-    for part in (m[:1], m[2:]): add_lora(part, target=['0'])
+    for part, name in ((m[:1], '0'), (m[2:], '2')): add_lora(part, target=[name])
     assert [p.requires_grad for p in remove_lora(m, merge=True).parameters()] == was
 
 def test_saved_inside_merged_is_an_ordinary_model(tmp_path):
@@ -290,6 +290,16 @@ def test_bad_options_change_nothing(kw, error, message):
     before, names = bits(m), [n for n, _ in m.named_modules()]
     with pytest.raises(error, match=message): add_lora(m, **kw)
     assert same(bits(m), before) and names == [n for n, _ in m.named_modules()] and all(p.requires_grad for p in m.parameters()) and not lora_layers(m)
+
+def test_changes_while_merged():
+    m = filled(add_lora(net(), dora=True))
+    x = torch.randn(3, 8)
+    y = m(x)
+    merge_lora(m); m.double().eval(); unmerge_lora(m)
+    assert not m[0].lora.training and {p.dtype for p in m.parameters()} == {torch.float64}
+    torch.testing.assert_close(m(x.double()).float(), y)
+    with disabled(m), pytest.raises(ValueError, match='disabled'): merge_lora(m)
+    assert m.to('meta')(x.to('meta').double()).shape == y.shape
 
 def test_bad_order():
     m = net()

@@ -95,7 +95,7 @@ class LoRA(nn.Module):
 
     def extra_repr(self): return f"r={self.r}, alpha={self.alpha:g}, scale={self.scale:.3g}" + (f", dropout={self.dropout:g}" if self.dropout else '')
 
-# %% ../../nbs/adapt/00_lora.ipynb #67f01875
+# %% ../../nbs/adapt/00_lora.ipynb #21734eaf
 class DoRA(LoRA):
     "An adapter that learns the length m of each row of the weight apart from its direction (Liu et al. 2024). Raises as `LoRA` does."
     def __init__(self, layer, r=8, alpha=16, rslora=False, dropout=0., init='kaiming',
@@ -110,7 +110,7 @@ class DoRA(LoRA):
     def norm(self, layer): # -> [out]
         "The norm of each row of W + sBA, without forming that matrix"
         A, B, s, W = self.A, self.B, self.scale, _matrix(layer)
-        with torch.autocast(W.device.type, enabled=False), torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+        with torch.autocast(W.device.type if W.device.type != 'meta' else 'cpu', enabled=False), torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             W = W.to(A.dtype)
             n2 = torch.linalg.vector_norm(W, dim=1).square() + s*((2*(W@A.T) + s*(B@(A@A.T)))*B).sum(1)
             return n2.clamp_min(1e-24).sqrt()
@@ -154,7 +154,7 @@ def _select(mods, target, what):
     if missed and not (callable(target) and got): raise ValueError(f"{what}: {', '.join(missed)} fits none of: {', '.join(list(mods)[:24])}{', …' if len(mods) > 24 else ''}")
     return got
 
-# %% ../../nbs/adapt/00_lora.ipynb #5af02b1c
+# %% ../../nbs/adapt/00_lora.ipynb #fe25b932
 def _bare(model):
     "The model inside torch.compile and DistributedDataParallel"
     if not isinstance(model, nn.Module): raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -164,7 +164,7 @@ def _bare(model):
 def _targets(model, target, train):
     "Names of the layers that get an adapter, and of the modules that stay trainable"
     mods = {n: m for n, m in model.named_modules() if n}
-    kept = _select(mods, train, 'train') if train is not None else []
+    kept = _select(mods, train, 'train') if train else []
     inside = {id(m) for n in kept for m in mods[n].modules()}
     linear = {n: m for n, m in mods.items() if _is_linear(m) and id(m) not in inside}
     if isinstance(model, nn.Linear): raise TypeError("the model is a single layer, and an adapter needs a layer inside a model: wrap it in nn.Sequential")
@@ -243,19 +243,20 @@ def add_lora(
     _attach(model, {n: make(mods[n], r=r, alpha=alpha, rslora=rslora, dropout=dropout, init=init, **kw) for n in names}, train)
     return whole
 
-# %% ../../nbs/adapt/00_lora.ipynb #95175d77
+# %% ../../nbs/adapt/00_lora.ipynb #b556ed7a
 @torch.no_grad()
 def _new_weights(layers):
     "The merged weights, computed in the adapter's precision and rounded once"
     new = {}
     for n, l in layers.items():
         if hasattr(l.weight, 'device_mesh'): raise ValueError(f"{n} is sharded: take lora_state_dict(model), which gathers, and merge it into a model that is not sharded")
+        if not l.lora.enabled: raise ValueError("the adapters are disabled: merge outside of disabled(model)")
         w = l.lora.weight(l).to(l.weight.dtype)
         if not w.isfinite().all(): raise ValueError(f"the merged weight of {n} is not finite: its adapter is broken, or {w.dtype} can't hold it. Nothing was merged")
         new[n] = nn.Parameter(w if isinstance(l, nn.Linear) else w.T.contiguous(), requires_grad=False)
     return new
 
-# %% ../../nbs/adapt/00_lora.ipynb #d1b2e1ca
+# %% ../../nbs/adapt/00_lora.ipynb #9d1eb6e9
 def merge_lora(model):
     "Write the adapters into the weights and put them aside. Returns the model. Raises `ValueError` where there are none, they are merged already, or a weight would not be finite; nothing is changed then."
     layers = _need(model)
@@ -269,9 +270,10 @@ def unmerge_lora(model):
     "Put the adapters and the weights from before the merge back, to the bit. Returns the model. Raises `ValueError` where nothing is merged."
     if not (layers := _merged(model)): raise ValueError("nothing is merged: merge_lora(model) first")
     for l in layers.values():
-        (lora, W), device = l._unmerged, l.weight.device
-        W.data = W.data.to(device)          # the model may have moved meanwhile
-        l.weight, l.lora = W, lora.to(device).train(l.training)
+        (lora, W), to = l._unmerged, l.weight          # the model may have moved, or changed its type, meanwhile
+        lora.to(to.device, to.dtype if to.dtype != W.dtype else None).train(l.training)
+        W.data = W.data.to(to)
+        l.weight, l.lora = W, lora
         del l._unmerged
     return model
 
@@ -354,7 +356,7 @@ def save_lora(
     _write(folder/'adapter_model.safetensors', lambda f: save_file(sd, f, metadata={'format': 'pt'}))
     _write(folder/'adapter_config.json', lambda f: f.write_text(json.dumps(config, indent=2)))
 
-# %% ../../nbs/adapt/00_lora.ipynb #810a9085
+# %% ../../nbs/adapt/00_lora.ipynb #0bfd884c
 def _config(model):
     "PEFT's configuration of a model's adapters"
     layers, mods = _need(model), dict(_bare(model).named_modules())
@@ -373,7 +375,7 @@ def _config(model):
 _OTHER = ('layer_replication', 'alora_invocation_tokens', 'use_qalora', 'use_bdlora', 'arrow_config', 'velora_config', 'monteclora_config', 'kasa_config', 'mica', 'target_parameters', 'lora_bias')
 
 def _check_config(c, where):
-    if c.get('peft_type') != 'LORA': raise ValueError(f"{where} holds an adapter of kind {c.get('peft_type')!r}, not LORA")
+    if (kind := c.get('peft_type') if isinstance(c, dict) else None) != 'LORA': raise ValueError(f"{where} holds an adapter of kind {kind!r}, not LORA")
     for k in _OTHER:
         if c.get(k): raise ValueError(f"{where} uses PEFT's {k}, which is not supported here")
     if c.get('bias', 'none') != 'none': raise ValueError(f"{where} trained biases (bias={c['bias']!r}), which is not supported here")
@@ -433,7 +435,7 @@ def _plan(model, config, sd):
     train = _select(mods, config['modules_to_save'], 'modules_to_save') if config.get('modules_to_save') else []
     return {n: (DoRA if config.get('use_dora') else LoRA)(mods[n], **o) for n, o in _planned(config, names, sd).items()}, train
 
-# %% ../../nbs/adapt/00_lora.ipynb #4dcf1f8e
+# %% ../../nbs/adapt/00_lora.ipynb #cf588484
 @dataclass(frozen=True)
 class Account:
     "Parameters and bytes of a model in training with AdamW, without activations. Each tensor counts once, however many layers share it."
@@ -444,7 +446,7 @@ class Account:
     adam: int       # bytes of AdamW's two moments and step counters
 
     @property
-    def share(self): "Trainable part of the parameters"; return self.trainable/self.total
+    def share(self): "Trainable part of the parameters"; return self.trainable/max(self.total, 1)
     @property
     def bytes(self): return self.weights+self.gradients+self.adam
     def __str__(self): return f"{self.trainable:,} of {self.total:,} parameters train ({self.share:.2%}); " + ', '.join(f"{k} {getattr(self, k)/2**20:,.2f}" for k in ('weights', 'gradients', 'adam')) + ' MiB'
