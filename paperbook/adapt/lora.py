@@ -386,7 +386,28 @@ def _planned(c, names, sd):
     get = lambda k, n, d: next((v for p, v in (c.get(k) or {}).items() if re.match(rf'(.*\.)?({p})$', n)), d)
     return {n: dict(r=len(sd[f'{n}.lora.A']), alpha=get('alpha_pattern', n, c.get('lora_alpha', 8)), rslora=c.get('use_rslora', False), dropout=c.get('lora_dropout') or 0.) for n in names}
 
-# %% ../../nbs/adapt/00_lora.ipynb #153ec2a1
+# %% ../../nbs/adapt/00_lora.ipynb #f0e2d1f0
+def _check_fit(have, sd):
+    "Raise where the tensors of a file are not those of the model"
+    for what, ks in (('missing', have.keys()-sd.keys()), ('unexpected', sd.keys()-have.keys())):
+        if ks: raise ValueError(f"{what}: {', '.join(sorted(ks)[:8])}" + (f" and {len(ks)-8} more" if len(ks) > 8 else ''))
+    if wrong := [f"{k} is {list(sd[k].shape)}, the model's {list(t.shape)}" for k, t in have.items() if sd[k].shape != t.shape]: raise ValueError("; ".join(wrong[:4]))
+
+def _like(x, t):
+    "x, sharded as t is"
+    if not hasattr(t, 'device_mesh'): return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x.to(t.device_mesh.device_type, t.dtype), t.device_mesh, t.placements)
+
+def _plan(model, config, sd):
+    "The adapters that a folder asks for (name -> LoRA), and its modules that were trained along"
+    mods, names = dict(model.named_modules()), [k.removesuffix('.lora.A') for k in sd if k.endswith('.lora.A')]
+    if absent := [n for n in names if n not in mods]: raise ValueError(f"the model has no {', '.join(absent[:8])}: the adapters are of another model")
+    for n in names: _check_layer(mods[n], n)
+    train = _select(mods, config['modules_to_save'], 'modules_to_save') if config.get('modules_to_save') else []
+    return {n: (DoRA if config.get('use_dora') else LoRA)(mods[n], **o) for n, o in _planned(config, names, sd).items()}, train
+
+# %% ../../nbs/adapt/00_lora.ipynb #500a51a2
 def load_lora(
     model,
     source # a folder of `save_lora` or PEFT, or a state dict with our names or PEFT's
@@ -413,29 +434,13 @@ def load_lora(
             for n, o in _planned(config, [n for n in layers if f'{n}.lora.A' in sd], sd).items():
                 if (a := layers[n].lora).scale != (want := o['alpha']/(math.sqrt(o['r']) if o['rslora'] else o['r'])) and a.r == o['r']: raise ValueError(f"{n} was saved with scale {want:g}, and the model's is {a.scale:g}")
     have = {**_tensors(model), **{f'{n}.lora.{k}': p for n, a in adapters.items() for k, p in a.named_parameters()}, **{f'{n}.{k}': t for n in train for k, t in bare.get_submodule(n).state_dict().items()}}
-    if missing := sorted(have.keys() - sd.keys()): raise ValueError(f"missing: {', '.join(missing[:8])}" + (f" and {len(missing)-8} more" if len(missing) > 8 else ''))
-    if extra := sorted(sd.keys() - have.keys()): raise ValueError(f"unexpected: {', '.join(extra[:8])}" + (f" and {len(extra)-8} more" if len(extra) > 8 else ''))
-    if wrong := [f"{k} is {list(sd[k].shape)}, the model's {list(t.shape)}" for k, t in have.items() if sd[k].shape != t.shape]: raise ValueError("; ".join(wrong[:4]))
+    _check_fit(have, sd)
     if adapters: _attach(bare, adapters, train)
     with torch.no_grad():
         for k, t in have.items(): t.copy_(_like(sd[k], t))
     return model
 
-def _like(x, t):
-    "x, sharded as t is"
-    if not hasattr(t, 'device_mesh'): return x
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(x.to(t.device_mesh.device_type, t.dtype), t.device_mesh, t.placements)
-
-def _plan(model, config, sd):
-    "The adapters that a folder asks for (name -> LoRA), and its modules that were trained along"
-    mods, names = dict(model.named_modules()), [k.removesuffix('.lora.A') for k in sd if k.endswith('.lora.A')]
-    if absent := [n for n in names if n not in mods]: raise ValueError(f"the model has no {', '.join(absent[:8])}: the adapters are of another model")
-    for n in names: _check_layer(mods[n], n)
-    train = _select(mods, config['modules_to_save'], 'modules_to_save') if config.get('modules_to_save') else []
-    return {n: (DoRA if config.get('use_dora') else LoRA)(mods[n], **o) for n, o in _planned(config, names, sd).items()}, train
-
-# %% ../../nbs/adapt/00_lora.ipynb #cf588484
+# %% ../../nbs/adapt/00_lora.ipynb #b29708a0
 @dataclass(frozen=True)
 class Account:
     "Parameters and bytes of a model in training with AdamW, without activations. Each tensor counts once, however many layers share it."
