@@ -52,7 +52,7 @@ def claims_in(
     "The claims that a cell registers."
     return re.findall(r'''^@claim\(\s*(?:id\s*=\s*)?['"]([\w.]+)['"]''', source, re.M)
 
-# %% ../../nbs/core/10_site.ipynb #eca60f32
+# %% ../../nbs/core/10_site.ipynb #ca62cfc1
 _FILTER = '''<script>
 (() => { const form = document.getElementById('ledger-filter'); if (!form) return; form.hidden = false;
   const rows = [...document.querySelectorAll('#ledger tr.claim')], groups = [...document.querySelectorAll('#ledger tbody')];
@@ -71,10 +71,12 @@ _LEDGER_CSS = '''<style>
 #ledger-filter option { color: #000; background: #fff; } #ledger-count { font-weight: bold; }
 #ledger { border-collapse: collapse; width: 100%; font-size: .85rem; } #ledger :is(th, td) { text-align: left; vertical-align: top; padding: .35rem .5rem; border-bottom: 1px solid rgba(128,128,128,.35); }
 #ledger th[scope=rowgroup] { padding-top: 1.2rem; font-size: 1rem; } #ledger td:nth-child(n+7) { text-align: right; } #ledger [hidden] { display: none; } #ledger tr:target { outline: 2px solid #E69F00; }
-#ledger summary { cursor: pointer; opacity: .8; } #ledger td { overflow-wrap: anywhere; } #ledger td:nth-child(-n+2) { overflow-wrap: normal; white-space: nowrap; }
-@media (max-width: 50rem) { #ledger thead { display: none; } #ledger :is(table, tbody, tr, td, th[scope=rowgroup]) { display: block; } #ledger :is(tr, tbody)[hidden] { display: none; }
-  #ledger tr.claim { border: 1px solid rgba(128,128,128,.5); border-radius: .4rem; margin: .6rem 0; padding: .3rem; } #ledger td, #ledger td:nth-child(n+7) { border: 0; padding: .15rem .3rem; text-align: left; white-space: normal; }
-  #ledger td::before { content: attr(data-label) ': '; opacity: .7; } #ledger td:nth-child(3)::before { content: none; } }
+#ledger summary { cursor: pointer; opacity: .8; } #ledger td { overflow-wrap: anywhere; } #ledger td:is(:nth-child(-n+2), :nth-child(6)) { overflow-wrap: normal; white-space: nowrap; }
+#ledger caption { caption-side: top; text-align: left; } #ledger td:nth-child(3) { min-width: 13rem; } #ledger td:nth-child(4) { min-width: 6rem; } #ledger td:nth-child(5) { min-width: 11rem; }
+@media (max-width: 50rem) { #ledger thead { display: none; } #ledger :is(tbody, tr, th[scope=rowgroup]), #ledger { display: block; } #ledger :is(tr, tbody)[hidden] { display: none; }
+  #ledger tr.claim { display: flex; flex-wrap: wrap; gap: .1rem 1rem; border: 1px solid rgba(128,128,128,.5); border-radius: .4rem; margin: .6rem 0; padding: .4rem; }
+  #ledger tr.claim td { border: 0; padding: .1rem .3rem; text-align: left; } #ledger tr.claim td:is(:nth-child(3), :nth-child(4), :nth-child(5)) { width: 100%; } #ledger tr.claim td:is(:nth-child(-n+2), :nth-child(6)) { order: -1; }
+  #ledger tr.claim td:is(:nth-child(4), :nth-child(5), :nth-child(n+7))::before { content: attr(data-label) ': '; opacity: .7; } }
 </style>'''
 
 # %% ../../nbs/core/10_site.ipynb #f522f5c4
@@ -228,7 +230,7 @@ def home_papers() -> str: # Markdown
         return f'| {_title(p)} | [{p.part}]({p.part}/index.ipynb) | {p.year} | {state} | {said} | {p.summary} |'
     return head + '\n'.join(map(row, papers))
 
-# %% ../../nbs/core/10_site.ipynb #219d9e98
+# %% ../../nbs/core/10_site.ipynb #a7a11048
 def _package(): return Path(importlib.util.find_spec('paperbook').submodule_search_locations[0])
 
 def _first(s): return re.split(r'(?<=[.!?])\s', ' '.join((s or '').split()), maxsplit=1)[0]
@@ -242,32 +244,34 @@ def _signature(o):
     return f'({a})'
 
 def _module(path):
-    "(module, notebook, doc, [(name, signature, what it does)]) of a generated file; None for others"
+    "(module, notebook, doc, [(name, how it is called or its value, what it does)]) of a generated file; None for others"
     text = path.read_text(encoding='utf-8')
     nb = re.search(r'File to edit: (?:\.\./)*(nbs/\S+\.ipynb)', text)
     if not nb: return None
     tree = ast.parse(text)
     names = next((ast.literal_eval(o.value) for o in tree.body if isinstance(o, ast.Assign) and ast.unparse(o.targets[0]) == '__all__'), [])
     defs = {o.name: o for o in tree.body if isinstance(o, (ast.FunctionDef, ast.ClassDef))}
-    rows = [(n, _signature(defs[n]), _first(ast.get_docstring(defs[n]))) if n in defs else (n, None, '') for n in names]
-    return '.'.join(('paperbook', *path.relative_to(_package()).with_suffix('').parts)), nb[1], _first(ast.get_docstring(tree)), rows
+    vals = {t.id: ast.unparse(o.value) for o in tree.body if isinstance(o, ast.Assign) for t in o.targets if isinstance(t, ast.Name)}
+    rows = [(n, _signature(defs[n]), _first(ast.get_docstring(defs[n]))) if n in defs else (n, f" = {vals.get(n, '…')}", 'A value.') for n in names]
+    doc = (ast.get_docstring(tree) or '').split('\n\n')[0]
+    return '.'.join(('paperbook', *path.relative_to(_package()).with_suffix('').parts)), nb[1], ' '.join(doc.split()).rstrip('.'), rows
 
-# %% ../../nbs/core/10_site.ipynb #72d29203
+# %% ../../nbs/core/10_site.ipynb #89e037db
 def api_index() -> str: # Markdown
     "Every exported name of the library by module: how it is called, what it does, and where it is documented."
-    course = [q.name for q in parts]
-    where = lambda f: f.relative_to(_package()).parts
-    order = lambda f: (course.index(where(f)[0]) if where(f)[0] in course else -1 if where(f)[0] == 'core' else 99)
-    mods = [m for f in sorted(_package().rglob('[!_]*.py'), key=lambda f: (order(f), f)) if (m := _module(f))]
-    mods = sorted(mods, key=lambda m: (course.index(m[1].split('/')[1]) if m[1].split('/')[1] in course else -1 if '/core/' in m[1] else 99, m[1]))
-    def row(nb, n, sig, doc):
-        if sig is None: return f'| `{n}` | a value |'
-        call = n + (sig if len(sig) < 110 else sig[:100].rsplit(',', 1)[0] + ', …)')
-        return f"| [`{call.replace('|', chr(92)+'|')}`]({nb.removeprefix('nbs/')}#{n.lower()}) | {doc.replace('|', chr(92)+'|')} |"
+    course = ['core', *(q.name for q in parts)]
+    def order(m):
+        folder = m[1].split('/')[1]
+        return course.index(folder) if folder in course else len(course), m[1]
+    def row(nb, n, call, doc):
+        value = call.startswith(' = ')
+        call = html.escape(call if len(call) < 130 else call[:120].rsplit(' ', 1)[0] + ' …' + ')'*(not value), quote=False)
+        where = nb.removeprefix('nbs/') + ('' if value else f'#{n.lower()}')
+        return f'| [<code>{n}</code>]({where}) | {doc}<br><small><code>{n}{call}</code></small> |'
     def one(name, nb, doc, rows):
-        body = '\n'.join(row(nb, *r) for r in rows)
-        return f"## `{name}`\n\n{doc} ([page]({nb.removeprefix('nbs/')}))" + (f'\n\n| name | what it does |\n|:------------------|:----------------------|\n{body}' if rows else '')
-    return '\n\n'.join(one(*m) for m in mods)
+        body = '\n'.join(row(nb, *(s.replace('|', '∣') for s in r)) for r in rows)
+        return f"## {name}\n\n{doc} ([page]({nb.removeprefix('nbs/')}))." + (f'\n\n| name | what it does |\n|:--|:--|\n{body}' if rows else '')
+    return '\n\n'.join(one(*m) for m in sorted(filter(None, map(_module, _package().rglob('[!_]*.py'))), key=order))
 
 # %% ../../nbs/core/10_site.ipynb #ec4bf370
 REPO = 'https://github.com/paperbook/paperbook'
@@ -287,31 +291,38 @@ def claim_badge(
     return (f'<div class="claim-badge" id="{_anchor(r.claim)}">{_chip(verdict(r))} <b>{r.claim}</b>: {html.escape(r.paper)} '
             f'<small>{html.escape(ours(r))} (<a href="{up}ledger.ipynb#{_anchor(r.claim)}">in the ledger</a>)</small></div>')
 
-# %% ../../nbs/core/10_site.ipynb #7ba27bbb
+# %% ../../nbs/core/10_site.ipynb #cc1e530c
 def _raw(s): return '```{=html}\n'+s+'\n```'
 
 def _split_title(source):
-    "A first cell as title with description, and the rest"
-    m = re.match(r'\s*(# [^\n]+\n\s*(?:>[^\n]*\n?)+)(.*)', source, re.S)
+    "A first cell as title with description and options of the page ('- toc: false'), and the rest"
+    m = re.match(r'\s*(# [^\n]+\n\s*(?:>[^\n]*\n?)+(?:\s*- [\w-]+: [^\n]*\n?)*)(.*)', source, re.S)
     return (m[1].strip(), m[2].strip()) if m else (source, '')
 
 _OURS = re.compile(r'^#\|\s*(export|exporti|exports|exec_doc|default_exp|hide_line)\b.*\n?', re.M) # lines that only nbdev reads
 
-def _documented(module, name):
+def _documented(module, name, taken):
     "What nbdev's `show_doc` says of a name, with links except for the names of its own parameters"
     from nbdev.doclinks import NbdevLookup
     from nbdev.showdoc import BasicMarkdownRenderer
+    from fastcore.docments import MarkdownRenderer
     import inspect
     o = importlib.import_module(module)
     for n in name.split('.'): o = inspect.getattr_static(o, n) if isinstance(o, type) else getattr(o, n)
     o = getattr(o, 'fget', None) or getattr(o, '__func__', None) or o
     try: own = set(inspect.signature(o).parameters)
     except (TypeError, ValueError): own = set()
-    md = BasicMarkdownRenderer(o, name=name)._repr_markdown_()
-    md = md.replace(f'### {name}\n', f'### {name}\n'.replace('_', r'\_'), 1)
-    return re.sub(r'\[(`(\w+)`)\]\([^)]*\)', lambda m: m[1] if m[2] in own else m[0], NbdevLookup().linkify(md))
+    said = NbdevLookup().linkify(MarkdownRenderer._repr_markdown_(BasicMarkdownRenderer(o, name=name)))
+    said = re.sub(r'\[(`(\w+)`)\]\([^)]*\)', lambda m: m[1] if m[2] in own else m[0], said)
+    source = NbdevLookup().code(f'{module}.{name}')
+    anchor = name.lower() + '-1'*(name.lower() in taken) # a class and a function may differ by case alone
+    taken.add(anchor)
+    return (f"#### {name}".replace('_', r'\_') + (f' [source]({source}){{.source}}' if source else '') + f' {{#{anchor}}}'
+            f'\n\n<details class="reference"><summary>reference</summary>\n\n{said}\n\n</details>')
 
-# %% ../../nbs/core/10_site.ipynb #f497a414
+def _only_imports(c): return bool(c.parsed_()) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in c.parsed_())
+
+# %% ../../nbs/core/10_site.ipynb #40bcbda1
 class Page:
     "An nbdev processor that makes the page of a notebook. It runs after nbdev's own."
     def __init__(self, nb): self.nb = nb
@@ -337,29 +348,30 @@ class Page:
 
     def _shown(self, cells, module, up, md):
         "The cells in the order of the page: documentation, verdicts, code"
-        rs, out, left = {}, [], None
+        slug = (module or '').split('.')[-1]
+        rs = results(slug) if slug in {p.slug for p in papers} else {}
+        out, left, taken = [], set(rs), set()
         for i, c in enumerate(cells):
             if c.cell_type != 'code' or c.source is None: out.append(c); continue
             if 'default_exp' in c.directives_ or getattr(c, 'has_sd', False): continue
             j = i+1
             while j < len(cells) and getattr(cells[j], 'has_sd', False): j += 1
-            out += [md(_documented(module, re.search(r'show_doc\(([\w.]+)\)', d.source)[1])) for d in reversed(cells[i+1:j])]
+            out += [md(_documented(module, re.search(r'show_doc\(([\w.]+)\)', d.source)[1], taken)) for d in reversed(cells[i+1:j])]
             for id in claims_in(c.source):
-                rs = rs or results(id.split('.')[0])
-                if id in rs: out.append(md(_raw(claim_badge(rs[id], up)))); left = (left or set(rs)) - {id}
-            c.source = _OURS.sub('', c.source)
+                if id in rs: out.append(md(_raw(claim_badge(rs[id], up)))); left.discard(id)
+            c.source = ('#| code-fold: true\n#| code-summary: "imports"\n' if _only_imports(c) else '') + _OURS.sub('', c.source)
             out.append(c)
-        if left: out[-1:-1] = [md(_raw(claim_badge(rs[id], up))) for id in rs if id in left] # registered in some other way
-        return out
+        return out[:-1] + [md(_raw(claim_badge(rs[id], up))) for id in rs if id in left] + out[-1:] # those registered in some other way
 
-# %% ../../nbs/core/10_site.ipynb #09acff1c
+# %% ../../nbs/core/10_site.ipynb #641b7c82
+_COLAB = "#| hide\nimport sys\nif 'google.colab' in sys.modules:"
+
 def colab_source(
     path # of the notebook, from the root of the checkout
 ) -> str: # of a cell
     "The cell that makes Colab ready for a notebook, and does nothing elsewhere."
     folder = str(Path(path).parent.as_posix())
-    return ('#| hide\nimport sys\n'
-            "if 'google.colab' in sys.modules: # on Colab, fetch the book and install it\n"
+    return (_COLAB + " # on Colab, fetch the book and install it\n"
             f"""    get_ipython().system('cd /content && (test -d paperbook || git clone -q --depth 1 {REPO}) && pip install -q "./paperbook[course,hf]"')\n"""
             f"    get_ipython().run_line_magic('cd', '/content/paperbook/{folder}')")
 
@@ -369,7 +381,7 @@ def colab_ready(
 ) -> bool: # whether it was changed
     "Put `colab_source` after the title, in place of an older version."
     src = colab_source(path).splitlines(True)
-    at = [i for i, c in enumerate(nb['cells']) if c['cell_type'] == 'code' and "'google.colab' in sys.modules" in ''.join(c['source'])]
+    at = [i for i, c in enumerate(nb['cells']) if ''.join(c['source']).startswith(_COLAB)]
     if at == [1] and nb['cells'][1]['source'] == src: return False
     for i in reversed(at): del nb['cells'][i]
     nb['cells'].insert(1, dict(cell_type='code', execution_count=None, id='open-in-colab', metadata={}, outputs=[], source=src))
