@@ -52,7 +52,7 @@ def claims_in(
     "The claims that a cell registers."
     return re.findall(r'''^@claim\(\s*(?:id\s*=\s*)?['"]([\w.]+)['"]''', source, re.M)
 
-# %% ../../nbs/core/10_site.ipynb #ca62cfc1
+# %% ../../nbs/core/10_site.ipynb #136c5528
 _FILTER = '''<script>
 (() => { const form = document.getElementById('ledger-filter'); if (!form) return; form.hidden = false;
   const rows = [...document.querySelectorAll('#ledger tr.claim')], groups = [...document.querySelectorAll('#ledger tbody')];
@@ -74,7 +74,7 @@ _LEDGER_CSS = '''<style>
 #ledger summary { cursor: pointer; opacity: .8; } #ledger td { overflow-wrap: anywhere; } #ledger td:is(:nth-child(-n+2), :nth-child(6)) { overflow-wrap: normal; white-space: nowrap; }
 #ledger caption { caption-side: top; text-align: left; } #ledger td:nth-child(3) { min-width: 13rem; } #ledger td:nth-child(4) { min-width: 6rem; } #ledger td:nth-child(5) { min-width: 11rem; }
 @media (max-width: 50rem) { #ledger thead { display: none; } #ledger :is(tbody, tr, th[scope=rowgroup]), #ledger { display: block; } #ledger :is(tr, tbody)[hidden] { display: none; }
-  #ledger tr.claim { display: flex; flex-wrap: wrap; gap: .1rem 1rem; border: 1px solid rgba(128,128,128,.5); border-radius: .4rem; margin: .6rem 0; padding: .4rem; }
+  #ledger caption { display: block; } #ledger tr.claim { display: flex; flex-wrap: wrap; gap: .1rem 1rem; border: 1px solid rgba(128,128,128,.5); border-radius: .4rem; margin: .6rem 0; padding: .4rem; }
   #ledger tr.claim td { border: 0; padding: .1rem .3rem; text-align: left; } #ledger tr.claim td:is(:nth-child(3), :nth-child(4), :nth-child(5)) { width: 100%; } #ledger tr.claim td:is(:nth-child(-n+2), :nth-child(6)) { order: -1; }
   #ledger tr.claim td:is(:nth-child(4), :nth-child(5), :nth-child(n+7))::before { content: attr(data-label) ': '; opacity: .7; } }
 </style>'''
@@ -230,7 +230,7 @@ def home_papers() -> str: # Markdown
         return f'| {_title(p)} | [{p.part}]({p.part}/index.ipynb) | {p.year} | {state} | {said} | {p.summary} |'
     return head + '\n'.join(map(row, papers))
 
-# %% ../../nbs/core/10_site.ipynb #a7a11048
+# %% ../../nbs/core/10_site.ipynb #e557af52
 def _package(): return Path(importlib.util.find_spec('paperbook').submodule_search_locations[0])
 
 def _first(s): return re.split(r'(?<=[.!?])\s', ' '.join((s or '').split()), maxsplit=1)[0]
@@ -238,7 +238,9 @@ def _first(s): return re.split(r'(?<=[.!?])\s', ' '.join((s or '').split()), max
 def _signature(o):
     "How a function or class is called"
     init = next((f for f in o.body if isinstance(f, ast.FunctionDef) and f.name == '__init__'), None) if isinstance(o, ast.ClassDef) else o
-    if init is None: return ''
+    if init is None:
+        data = any('dataclass' in ast.unparse(d) for d in o.decorator_list) and [f for f in o.body if isinstance(f, ast.AnnAssign)]
+        return f"({', '.join(f.target.id + ('' if f.value is None else f'={ast.unparse(f.value)}') for f in data)})" if data else ''
     a = ast.unparse(init.args)
     if isinstance(o, ast.ClassDef): a = re.sub(r'^self(, )?', '', a)
     return f'({a})'
@@ -256,7 +258,7 @@ def _module(path):
     doc = (ast.get_docstring(tree) or '').split('\n\n')[0]
     return '.'.join(('paperbook', *path.relative_to(_package()).with_suffix('').parts)), nb[1], ' '.join(doc.split()).rstrip('.'), rows
 
-# %% ../../nbs/core/10_site.ipynb #89e037db
+# %% ../../nbs/core/10_site.ipynb #c28fc1ba
 def api_index() -> str: # Markdown
     "Every exported name of the library by module: how it is called, what it does, and where it is documented."
     course = ['core', *(q.name for q in parts)]
@@ -265,9 +267,9 @@ def api_index() -> str: # Markdown
         return course.index(folder) if folder in course else len(course), m[1]
     def row(nb, n, call, doc):
         value = call.startswith(' = ')
-        call = html.escape(call if len(call) < 130 else call[:120].rsplit(' ', 1)[0] + ' …' + ')'*(not value), quote=False)
+        call = (call if len(call) < 130 else call[:120].rsplit(' ', 1)[0] + ' …' + ')'*(not value)).replace('`', "'")
         where = nb.removeprefix('nbs/') + ('' if value else f'#{n.lower()}')
-        return f'| [<code>{n}</code>]({where}) | {doc}<br><small><code>{n}{call}</code></small> |'
+        return f'| [<code>{n}</code>]({where}) | {doc}' + (f'<br><small>`{n}{call}`</small> |' if call else ' |')
     def one(name, nb, doc, rows):
         body = '\n'.join(row(nb, *(s.replace('|', '∣') for s in r)) for r in rows)
         return f"## {name}\n\n{doc} ([page]({nb.removeprefix('nbs/')}))." + (f'\n\n| name | what it does |\n|:--|:--|\n{body}' if rows else '')
@@ -291,7 +293,7 @@ def claim_badge(
     return (f'<div class="claim-badge" id="{_anchor(r.claim)}">{_chip(verdict(r))} <b>{r.claim}</b>: {html.escape(r.paper)} '
             f'<small>{html.escape(ours(r))} (<a href="{up}ledger.ipynb#{_anchor(r.claim)}">in the ledger</a>)</small></div>')
 
-# %% ../../nbs/core/10_site.ipynb #cc1e530c
+# %% ../../nbs/core/10_site.ipynb #78af58ab
 def _raw(s): return '```{=html}\n'+s+'\n```'
 
 def _split_title(source):
@@ -301,8 +303,22 @@ def _split_title(source):
 
 _OURS = re.compile(r'^#\|\s*(export|exporti|exports|exec_doc|default_exp|hide_line)\b.*\n?', re.M) # lines that only nbdev reads
 
-def _documented(module, name, taken):
-    "What nbdev's `show_doc` says of a name, with links except for the names of its own parameters"
+def _heading_ids(cells):
+    "The anchors of the headings in Markdown cells"
+    plain = lambda h: re.sub(r'[^\w\s.-]', '', h).strip().lower().replace(' ', '-')
+    return {re.sub(r'^[^a-z]+', '', plain(h)) for c in cells if c.cell_type == 'markdown' for h in re.findall(r'^##+ +(.+?) *$', c.source or '', re.M)}
+
+def _methods(o, name, module, shown):
+    "The public methods of a class that have no documentation of their own, each with its anchor"
+    import inspect
+    for n, f in vars(o).items():
+        f = getattr(f, '__func__', None) or getattr(f, 'fget', None) or f
+        if n.startswith('_') or not inspect.isfunction(f) or f.__module__ != module or f'{name}.{n}' in shown: continue
+        call = '' if isinstance(vars(o)[n], property) else re.sub(r'^\((self|cls)(, )?', '(', str(inspect.signature(f)))
+        yield f"- []{{#{name.lower()}.{n.lower()}}}`{n}{call}`. {_first(inspect.getdoc(f))}"
+
+def _documented(module, name, taken, shown):
+    "What nbdev's `show_doc` says of a name, with links except for the names of its own parameters, and its methods"
     from nbdev.doclinks import NbdevLookup
     from nbdev.showdoc import BasicMarkdownRenderer
     from fastcore.docments import MarkdownRenderer
@@ -314,15 +330,23 @@ def _documented(module, name, taken):
     except (TypeError, ValueError): own = set()
     said = NbdevLookup().linkify(MarkdownRenderer._repr_markdown_(BasicMarkdownRenderer(o, name=name)))
     said = re.sub(r'\[(`(\w+)`)\]\([^)]*\)', lambda m: m[1] if m[2] in own else m[0], said)
+    said += '\n\n'+'\n'.join(_methods(o, name, module, shown)) if isinstance(o, type) else ''
     source = NbdevLookup().code(f'{module}.{name}')
     anchor = name.lower() + '-1'*(name.lower() in taken) # a class and a function may differ by case alone
     taken.add(anchor)
     return (f"#### {name}".replace('_', r'\_') + (f' [source]({source}){{.source}}' if source else '') + f' {{#{anchor}}}'
             f'\n\n<details class="reference"><summary>reference</summary>\n\n{said}\n\n</details>')
 
+def _unlink_private(c):
+    "Take nbdev's links from names that begin with _: the page has no place for them"
+    cut = lambda s: re.sub(r'\[(`(?:\w+\.)*_\w+`)\]\(https?://[^)]*\)', r'\1', s)
+    if c.cell_type == 'markdown' and c.source: c.source = cut(c.source)
+    for o in c.get('outputs', []):
+        if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = cut(''.join(o['data']['text/markdown']))
+
 def _only_imports(c): return bool(c.parsed_()) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in c.parsed_())
 
-# %% ../../nbs/core/10_site.ipynb #40bcbda1
+# %% ../../nbs/core/10_site.ipynb #bd782b5a
 class Page:
     "An nbdev processor that makes the page of a notebook. It runs after nbdev's own."
     def __init__(self, nb): self.nb = nb
@@ -350,13 +374,16 @@ class Page:
         "The cells in the order of the page: documentation, verdicts, code"
         slug = (module or '').split('.')[-1]
         rs = results(slug) if slug in {p.slug for p in papers} else {}
-        out, left, taken = [], set(rs), set()
+        name = lambda d: re.search(r'show_doc\(([\w.]+)\)', d.source)[1]
+        shown = {name(c) for c in cells if getattr(c, 'has_sd', False)}
+        out, left, taken = [], set(rs), _heading_ids(cells)
         for i, c in enumerate(cells):
+            _unlink_private(c)
             if c.cell_type != 'code' or c.source is None: out.append(c); continue
             if 'default_exp' in c.directives_ or getattr(c, 'has_sd', False): continue
             j = i+1
             while j < len(cells) and getattr(cells[j], 'has_sd', False): j += 1
-            out += [md(_documented(module, re.search(r'show_doc\(([\w.]+)\)', d.source)[1], taken)) for d in reversed(cells[i+1:j])]
+            out += [md(_documented(module, name(d), taken, shown)) for d in reversed(cells[i+1:j])]
             for id in claims_in(c.source):
                 if id in rs: out.append(md(_raw(claim_badge(rs[id], up)))); left.discard(id)
             c.source = ('#| code-fold: true\n#| code-summary: "imports"\n' if _only_imports(c) else '') + _OURS.sub('', c.source)
