@@ -38,14 +38,13 @@ every = pytest.mark.parametrize('name', NAMES)
 def front(nb): return text(nb['cells'][0]['source'])
 def page_of(name): return re.sub(r'/\d+[a-z]?_(?=[^/]*$)', '/', name).removesuffix('.ipynb')+'.html'
 
-FENCE = re.compile(r'^```(.*?)\n(.*?)^``` *$', re.M | re.S)
+FENCE = re.compile(r'^(`{3,})([^`\n]*)\n(.*?)^\1 *$', re.M | re.S)
 def markdown(nb):
     "Cells and outputs that are Markdown"
     return '\n\n'.join([text(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown'] +
                        [text(o.get('data', {}).get('text/markdown')) for c in nb['cells'] for o in c.get('outputs', [])])
 def prose(nb): return FENCE.sub('', markdown(nb))
-def raw_html(nb):
-    return [m[2] for m in FENCE.finditer(markdown(nb)) if m[1] == '{=html}'] + [text(o.get('data', {}).get('text/html')) for c in nb['cells'] for o in c.get('outputs', [])]
+def raw_html(nb): return [m[3] for m in FENCE.finditer(markdown(nb)) if m[2] == '{=html}']
 
 def anchors(nb):
     "Every id on the page, as often as it occurs"
@@ -91,6 +90,12 @@ def test_only_options_that_quarto_knows_are_left(processed, name):
         if c['cell_type'] == 'code':
             assert text(c['source']).strip(), 'an empty cell'
             assert set(re.findall(r'^#\| *([\w-]+)', text(c['source']), re.M)) <= QUARTO_OPTIONS, text(c['source'])[:300]
+
+@every
+def test_no_output_makes_quarto_fetch_scripts(processed, name):
+    "A page with an output of type text/html or JavaScript gets require.js and jQuery from the network"
+    kinds = {k for c in processed[name]['cells'] for o in c.get('outputs', []) for k in o.get('data', {})}
+    assert not kinds & {'text/html', 'application/javascript', 'application/vnd.jupyter.widget-view+json'}
 
 @every
 def test_every_exported_name_is_documented(processed, name):

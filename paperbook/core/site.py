@@ -293,7 +293,7 @@ def claim_badge(
     return (f'<div class="claim-badge" id="{_anchor(r.claim)}">{_chip(verdict(r))} <b>{r.claim}</b>: {html.escape(r.paper)} '
             f'<small>{html.escape(ours(r))} (<a href="{up}ledger.ipynb#{_anchor(r.claim)}">in the ledger</a>)</small></div>')
 
-# %% ../../nbs/core/10_site.ipynb #78af58ab
+# %% ../../nbs/core/10_site.ipynb #37c85ae9
 def _raw(s): return '```{=html}\n'+s+'\n```'
 
 def _split_title(source):
@@ -344,9 +344,14 @@ def _unlink_private(c):
     for o in c.get('outputs', []):
         if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = cut(''.join(o['data']['text/markdown']))
 
+def _plain_html(c):
+    "HTML outputs as raw blocks of Markdown: Quarto loads scripts from the network into a page that has one of the usual kind"
+    for o in c.get('outputs', []):
+        if 'text/html' in (d := o.get('data', {})): d['text/markdown'] = '````{=html}\n'+''.join(d.pop('text/html')).strip('\n')+'\n````'
+
 def _only_imports(c): return bool(c.parsed_()) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in c.parsed_())
 
-# %% ../../nbs/core/10_site.ipynb #bd782b5a
+# %% ../../nbs/core/10_site.ipynb #e3dee560
 class Page:
     "An nbdev processor that makes the page of a notebook. It runs after nbdev's own."
     def __init__(self, nb): self.nb = nb
@@ -386,6 +391,7 @@ class Page:
             out += [md(_documented(module, name(d), taken, shown)) for d in reversed(cells[i+1:j])]
             for id in claims_in(c.source):
                 if id in rs: out.append(md(_raw(claim_badge(rs[id], up)))); left.discard(id)
+            _plain_html(c)
             c.source = ('#| code-fold: true\n#| code-summary: "imports"\n' if _only_imports(c) else '') + _OURS.sub('', c.source)
             out.append(c)
         return out[:-1] + [md(_raw(claim_badge(rs[id], up))) for id in rs if id in left] + out[-1:] # those registered in some other way
