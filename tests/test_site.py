@@ -105,7 +105,7 @@ def test_every_exported_name_is_documented(processed, name):
     tree = ast.parse((ROOT/'paperbook'/(exp[1].replace('.', '/')+'.py')).read_text())
     public = next((ast.literal_eval(o.value) for o in tree.body if isinstance(o, ast.Assign) and ast.unparse(o.targets[0]) == '__all__'), [])
     defined = {o.name for o in tree.body if isinstance(o, (ast.FunctionDef, ast.ClassDef))}
-    heads = re.findall(r'^#### (\S+).*\{#', prose(nb), re.M)
+    heads = re.findall(r'^#### (\S+) \[source\]\(https://github.com/paperbook/paperbook/blob/main/paperbook/\S+\.py#L\d+\).*\{#', prose(nb), re.M)
     assert not set(public) & defined - {h.replace('\\_', '_') for h in heads}
     assert prose(nb).count('<summary>reference</summary>') == len(heads)
 

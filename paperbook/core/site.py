@@ -293,7 +293,7 @@ def claim_badge(
     return (f'<div class="claim-badge" id="{_anchor(r.claim)}">{_chip(verdict(r))} <b>{r.claim}</b>: {html.escape(r.paper)} '
             f'<small>{html.escape(ours(r))} (<a href="{up}ledger.ipynb#{_anchor(r.claim)}">in the ledger</a>)</small></div>')
 
-# %% ../../nbs/core/10_site.ipynb #37c85ae9
+# %% ../../nbs/core/10_site.ipynb #39bdb45f
 def _raw(s): return '```{=html}\n'+s+'\n```'
 
 def _split_title(source):
@@ -332,6 +332,7 @@ def _documented(module, name, taken, shown):
     said = re.sub(r'\[(`(\w+)`)\]\([^)]*\)', lambda m: m[1] if m[2] in own else m[0], said)
     said += '\n\n'+'\n'.join(_methods(o, name, module, shown)) if isinstance(o, type) else ''
     source = NbdevLookup().code(f'{module}.{name}')
+    if source: source = f"{source.partition('#')[0]}#L{inspect.getsourcelines(o)[1]}"
     anchor = name.lower() + '-1'*(name.lower() in taken) # a class and a function may differ by case alone
     taken.add(anchor)
     return (f"#### {name}".replace('_', r'\_') + (f' [source]({source}){{.source}}' if source else '') + f' {{#{anchor}}}'
