@@ -152,6 +152,10 @@ def test_made_pages_are_up_to_date():
     r = subprocess.run([sys.executable, 'tools/pages.py', '--check'], cwd=ROOT, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
 
+def test_links_of_the_readme_and_of_how_to_contribute_are_pages():
+    for f in ('README.md', 'CONTRIBUTING.md'):
+        for link in re.findall(re.escape(SITE)+r'(nbs/[^)#\s]*)', (ROOT/f).read_text()): assert link in {page_of(n) for n in NAMES}, f'{f}: {link}'
+
 def test_each_part_has_a_page_and_the_sidebar_leads_to_it():
     side = sidebar(ROOT)
     for i, q in enumerate(parts, 1):

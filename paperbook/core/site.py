@@ -124,7 +124,7 @@ def ledger_page(
             f"<button type='reset'>show all</button> <output id='ledger-count'></output></form>"
             f"<table id='ledger' data-quarto-disable-processing='true'><caption>Every claim, as recorded</caption><thead><tr>{head}</tr></thead>{''.join(bodies)}</table>{_FILTER}")
 
-# %% ../../nbs/core/10_site.ipynb #8da599a8
+# %% ../../nbs/core/10_site.ipynb #86a174a6
 _W, _IDEA, _ROW, _STEP = 250, 200, 74, 70 # widths of a paper and an idea, height of a row, indent of what builds on another
 
 def _label(x, y, lines, anchor='start', **kw):
@@ -150,7 +150,7 @@ def _spread(want, gap):
 
 def _paper_box(p, x, y):
     title = textwrap.wrap(p.title.split(':')[0], 32)
-    title = title[:3] if len(title) < 4 else [*title[:2], title[2][:29]+' …']
+    if len(title) > 3: title = [*title[:2], title[2]+' …']
     style = 'stroke="#0072B2" stroke-width="2"' if p.state == 'ready' else 'stroke="currentColor" stroke-opacity=".5" stroke-dasharray="4 3"'
     box = f'<rect x="{x}" y="{y-29:.0f}" width="{_W}" height="58" rx="6" fill="none" {style}/>{_label(x+10, y, title, font_weight="bold" if p.state == "ready" else "normal")}'
     return f'<a href="{_here(p, "../")}">{box}</a>' if p.state == 'ready' else box
