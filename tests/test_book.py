@@ -6,7 +6,7 @@ from paperbook.core.papers import papers, parts, sidebar
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-every_notebook = pytest.mark.parametrize('path', NBS, ids=lambda p: p.stem)
+every_notebook = pytest.mark.parametrize('path', NBS, ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
 
 def cells(path, kind): return [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == kind]
 def source(c): return ''.join(c['source'])
@@ -14,8 +14,9 @@ def outputs(path): return [(c, o) for c in cells(path, 'code') for o in c['outpu
 
 def slug(heading):
     "The anchor that Quarto gives a heading"
-    s = re.sub(r'[*`]|\[([^\]]*)\]\([^)]*\)', r'\1', heading).lower()
-    return re.sub(r'\s+', '-', re.sub(r'[^\w\s.-]', '', s).strip())
+    s = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', heading)
+    s = re.sub(r'[^\w\s.-]', '', s.replace('\\_', '_').replace('$', '')).strip().lower()
+    return re.sub(r'^[^a-z]+', '', re.sub(r'\s+', '-', s)) or 'section'
 
 @every_notebook
 def test_front_matter(path):
@@ -55,7 +56,7 @@ def test_internal_links(path):
 
 def flat(entries):
     for e in entries:
-        if isinstance(e, dict): yield from flat(e.get('contents', [])) if 'contents' in e else [e['href']]
+        if isinstance(e, dict): yield from [*([e['href']] if 'href' in e else []), *flat(e.get('contents', []))]
         else: yield e
 
 def test_every_notebook_is_in_the_sidebar_and_nothing_else():

@@ -11,12 +11,16 @@ def page(path):
     name = re.sub(r"^\d+[a-z]?_", "", name)
     return f"{site}{folder+'/' if folder else ''}{name}.html"
 
+def site_links(md):
+    "Markdown with the links to notebooks as links to the site's pages"
+    return re.sub(r'\]\(([\w/]+)\.ipynb(#[\w-]+)?\)', lambda m: f']({page(m[1])}{m[2] or ""})', md)
+
 def build():
     "README text and its pictures (name -> bytes)"
     md, pics = [], {}
     for c in json.loads((root/'nbs/index.ipynb').read_text())['cells']:
         src = ''.join(c['source'])
-        if c['cell_type'] == 'markdown': md.append(re.sub(r'\]\(([\w/]+)\.ipynb(#[\w-]+)?\)', lambda m: f']({page(m[1])}{m[2] or ""})', src)); continue
+        if c['cell_type'] == 'markdown': md.append(site_links(src)); continue
         flags = re.findall(r'^#\| *(.*)$', src, re.M)
         if 'hide' in flags: continue
         if 'echo: false' not in flags: md.append(f'```python\n{src}\n```')
@@ -27,7 +31,7 @@ def build():
                 name = f'assets/home-{len(pics)}.png'
                 pics[name] = base64.b64decode(d['image/png'])
                 md.append(f'![{alt}]({name})')
-            elif 'text/markdown' in d: md.append(re.sub(r'\]\(([\w/]+)\.ipynb\)', lambda m: f']({page(m[1])})', d['text/markdown']))
+            elif 'text/markdown' in d: md.append(site_links(d['text/markdown']))
             elif 'text/plain' in d: md.append(f"```\n{d['text/plain']}\n```")
     return '\n\n'.join(md)+'\n', pics
 

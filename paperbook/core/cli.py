@@ -164,6 +164,7 @@ def _card(p): return f'''
 
 def template(slug) -> dict: # a notebook as a dict
     "The notebook of a paper that is still to be written. Raises `ValueError` for an unknown slug."
+    from paperbook.core.site import colab_ready
     p = paper(slug)
     cells = [_md(_card(p)),
         _py(f'#| default_exp {p.module.removeprefix("paperbook.")}'),
@@ -194,7 +195,9 @@ def template(slug) -> dict: # a notebook as a dict
         _md("## At full scale\n\nWhat to run with GPUs and the real data; the paper's numbers."),
         _md('## Exercises\n\n1. \n2. \n3. '), _md('## References')]
     for i, c in enumerate(cells): c['id'] = f'{slug[:20].replace("_", "-")}-{i:02d}'
-    return dict(cells=cells, metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')), nbformat=4, nbformat_minor=5)
+    nb = dict(cells=cells, metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')), nbformat=4, nbformat_minor=5)
+    colab_ready(nb, p.notebook)
+    return nb
 
 # %% ../../nbs/core/09_cli.ipynb #12921372
 def cmd_new(a):

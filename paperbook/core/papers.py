@@ -49,7 +49,13 @@ class Paper:
     @property
     def notebook(self) -> str: return f'nbs/{self.part}/{self.number:02d}_{self.slug}.ipynb'
     @property
-    def page(self) -> str: return f"{_SITE}/{self.notebook.replace('.ipynb', '.html')}"
+    def page(self) -> str: return f'{_SITE}/nbs/{self.part}/{self.slug}.html' # the site leaves the number out
+    @property
+    def builds_on(self): return Catalogue(papers[o] for o in _roots[self.slug] if o in _roots) # papers of the book
+    @property
+    def ideas(self) -> tuple: return tuple(o for o in _roots[self.slug] if o not in _roots)     # from outside the book
+    @property
+    def leads_to(self): return Catalogue(p for p in papers if self.slug in _roots[p.slug])
     @property
     def state(self) -> str: return 'ready' if _installed(self.path) else 'planned'
 
@@ -330,6 +336,32 @@ def paper(
     if not isinstance(slug, str): raise TypeError(f"paper: the slug is a string such as 'lion', got {slug!r}")
     return papers[slug]
 
+# %% ../../nbs/core/01_papers.ipynb #roots001
+_roots = dict(
+    lion=['signed momentum', 'convex conjugates', 'Lyapunov functions'], sophia=['lion', 'Adam', "Newton's method", "Hutchinson's estimator"],
+    frugal=['Adam', 'sign descent', 'GaLore'], gradnormlorp=['GaLore', 'LoRA', 'weight normalisation'],
+    double_descent=['least squares', 'random features'], grokking=['modular arithmetic', 'Fourier series', 'weight decay'],
+    lora_ggpo=['double_descent', 'LoRA', 'flat minima'],
+    rd_pruning=['magnitude pruning', 'rate and distortion', 'dynamic programming'], bip=['magnitude pruning', 'lottery tickets', 'implicit gradients'],
+    tanglenas=['supernets', 'DARTS'], gm_nas=['supernets', 'DARTS', 'minimum cuts'],
+    nupes=['uniform quantisation', 'learnt rounding'], cbq=['uniform quantisation', 'learnt rounding', 'LoRA'],
+    shiftaddllm=['optimal brain surgeon', 'binary codes'], halo=['uniform quantisation', 'Hadamard transforms'],
+    bitweight_tpe=['Booth encoding', 'systolic arrays', 'carry-save adders'],
+    diffora=['LoRA', 'DARTS', 'neural tangent kernel'], masa=['dictionary learning', 'attention'],
+    dsformer=['dictionary learning', 'low-rank factors', 'straight-through gradients'], sret=['attention', 'shared layers'],
+    ota_merging=['Adam', 'task vectors', 'Fisher information'],
+    sem_dpo=['DPO', 'sentence embeddings'], lcpo=['DPO', 'expectation maximisation'], madpo=['DPO', 'reward models'],
+    sparsepo=['DPO', 'sparse masks'], bvpo=['DPO', 'bias and variance'], constrained_rlhf=['reward models', 'PPO', 'Lagrange multipliers'],
+    reward_weighting=['constrained_rlhf', 'GRPO', 'Pareto fronts'], apo=['GRPO', 'KL penalties'], gazal_r1=['GRPO', 'LoRA'],
+    expo=['actor and critic', 'diffusion policies'], portfolio_drl=['PPO', 'Sharpe ratio', 'mean and variance portfolios'],
+    sparse_dynamics=['model-predictive control', 'mixed-integer programs', 'relaxed choices'],
+    gmm_mask=['attention', 'convolution'], mto=['attention', 'masked autoencoders'], doei=['attention', 'class activation maps'],
+    femtodet=['depthwise convolution', 'one-stage detectors'], score_dvi=['score of a Gaussian denoiser', 'variational inference'],
+    a_sdm=['diffusion models', 'distillation', 'mixed kernels'],
+    arl=['bias and variance', 'fused encoders'], c3po=['mixtures of experts', 'nearest neighbours'],
+    astrea=['c3po', 'mixtures of experts', 'contrastive learning'],
+    regression_unlearning=['distillation', 'membership tests'], wagle=['bip', 'implicit gradients', 'weight attribution'])
+
 # %% ../../nbs/core/01_papers.ipynb #094e593b
 def catalogue_table(
     some=None, # the papers to show; by default all
@@ -361,9 +393,14 @@ def sidebar(
         got = [f for f in left if f.startswith(start)]
         left[:] = [f for f in left if f not in got]
         return got
-    home = [dict(text='Home', href=f) for f in take('nbs/index.ipynb')]
-    sections = [('The bench', take('nbs/core/'))] + [(f'{i}. {q.title}', take(f'nbs/{q.name}/')) for i, q in enumerate(parts, 1)]
-    return home + [dict(section=t, contents=fs) for t, fs in sections if fs] + left
+    def section(title, folder):
+        "A folder's pages; its index is where the title leads"
+        head, rest = take(f'nbs/{folder}/index.ipynb'), take(f'nbs/{folder}/')
+        if not rest: return [dict(text=title, href=f) for f in head]
+        return [dict(section=title, **{'href': f for f in head}, contents=rest)]
+    home = [dict(text='Home', href=f) for f in take('nbs/index.ipynb')] + [dict(text='The ledger', href=f) for f in take('nbs/ledger.ipynb')]
+    course = [e for i, q in enumerate(parts, 1) for e in section(f'{i}. {q.title}', q.name)]
+    return home + course + section('The bench', 'core') + left
 
 # %% ../../nbs/core/01_papers.ipynb #e09b38c6
 _BEGIN, _END = '# sidebar: begin', '# sidebar: end'
