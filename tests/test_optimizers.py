@@ -202,6 +202,19 @@ def test_fastai(case):
     assert values[-1][1] < 1.5 and isinstance(learn.opt.opt, case.cls) and learn.opt.opt.param_groups[0]['weight_decay'] == .01
 
 @each
+def test_fastai_finds_a_learning_rate(case):
+    import fastai.callback.schedule
+    from paperbook.core.data import load
+    from paperbook.core.training import learner
+    torch.manual_seed(0)
+    learn = learner(load('digits'), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), case.cls, cbs=case.fastai(), **{k: v for k, v in case.kw.items() if k != 'lr'})
+    before = learn.model[1].weight.detach().clone()
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(end_lr=5, num_it=15, show_plot=False)
+    assert torch.equal(before, learn.model[1].weight)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
+    assert learn.recorder.values[-1][1] < 2
+
+@each
 def test_transformers(case, tmp_path):
     pytest.importorskip('accelerate')
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -237,7 +250,7 @@ for case in T.OPTIMIZERS:
     for place in ([Shard(0)], [Replicate()]):
         g = torch.Generator().manual_seed(0)
         rand = lambda x: torch.randn(x.shape, generator=g, dtype=torch.float64)
-        xs = [torch.randn(s, generator=g, dtype=torch.float64) for s in ((6, 4), (5,), (3, 2))]   # 5 and 3 don't divide by 2
+        xs = [torch.randn(s, generator=g, dtype=torch.float64) for s in ((6, 4), (5,), (3, 2), (1, 4))]   # 5 and 3 don't divide by 2; of 1 the second process has nothing
         one = [torch.nn.Parameter(x.clone()) for x in xs]
         two = [torch.nn.Parameter(distribute_tensor(x.clone(), mesh, place)) for x in xs]
         a, b = case(one), case(two)

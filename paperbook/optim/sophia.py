@@ -205,7 +205,7 @@ def sophia_step(
     u = (m/(rho*h).clamp(min=eps)).clamp(-1, 1)
     return theta*(1-lr*weight_decay) - lr*u, m
 
-# %% ../../nbs/optim/02_sophia.ipynb #f6bbe999
+# %% ../../nbs/optim/02_sophia.ipynb #c4aeb4ba
 def _check_group(g):
     "Raise for options of a parameter group that make no sense"
     (b1, b2), lr = g['betas'], float(g['lr'])
@@ -215,10 +215,6 @@ def _check_group(g):
     if not g['eps'] > 0: raise ValueError(f"eps must be positive, got {g['eps']}: it divides where the curvature is 0")
     if not 0 <= g['weight_decay'] < math.inf: raise ValueError(f"weight_decay must not be negative, got {g['weight_decay']}")
     if g['foreach'] and g['fused']: raise ValueError("foreach and fused can't both be True")
-    _check_lr(g)
-
-def _check_lr(g):
-    if float(g['lr'])*g['weight_decay'] >= 1: raise ValueError(f"lr*weight_decay = {float(g['lr'])*g['weight_decay']:.3g} must stay below 1, or the decay overshoots zero; lower one of them")
 
 def _check_grad(p):
     if p.grad is not None and p.grad.is_sparse: raise RuntimeError("Sophia needs dense gradients; make the embedding with sparse=False")
@@ -303,7 +299,7 @@ def _placed(x, p):
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(x, p.device_mesh, p.placements)
 
-# %% ../../nbs/optim/02_sophia.ipynb #17fc8842
+# %% ../../nbs/optim/02_sophia.ipynb #6676a23d
 @patch
 @torch.no_grad()
 def step(self:Sophia,
@@ -314,7 +310,6 @@ def step(self:Sophia,
     if closure is not None:
         with torch.enable_grad(): loss = closure()
     for g in self.param_groups:   # all checks come before any change
-        _check_lr(g)
         for p in g['params']: _check_grad(p)
     for g in self.param_groups:
         for (_, _, t, j), ls in self._lists(g).items():
