@@ -9,6 +9,11 @@ def test_quick_run_has_the_targets():
     assert all(len(v) == 3 and min(v) > 0 for v in d['times'].values())
     assert {'Lion (fused)', 'Lion (foreach)', 'lion-pytorch', 'AdamW (fused)', 'AdamW (foreach)'} <= d['times'].keys()
 
+def test_sophia_has_the_targets_and_two_tensors_of_state():
+    d = benchmarks.run(['sophia'], quick=True)['sophia']
+    assert {(t['ours'], t['theirs'], t['at_most']) for t in d['targets']} == {('Sophia (fused)', 'pytorch-optimizer SophiaH', .7), ('Sophia (fused)', 'AdamW (foreach)', 1.5)}
+    assert any('Sophia (fused) 8, Sophia (foreach) 8' in n for n in d['notes'])
+
 def test_missing_peers_are_named(monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, '_peer', lambda module, name: None)
     assert 'lion-pytorch' not in benchmarks.run(['lion'], quick=True)['lion']['times']
