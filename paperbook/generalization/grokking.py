@@ -158,6 +158,7 @@ def analytic_modular_weights(
     "Cosines that solve addition or multiplication modulo p (Gromov 2023). Raises `ValueError` for an even or non-prime p, or no neuron."
     _modulus(p, op)
     if p % 2 == 0: raise ValueError(f"the analytic solution needs an odd modulus, got {p}: at half of an even one the cosine has no phase")
+    if op == 'mul' and p < 5: raise ValueError("the analytic solution for products needs p of at least 5: modulo 3 there is no frequency between 0 and one half")
     if width < 2: raise ValueError(f"the analytic solution needs at least 2 neurons, got {width}")
     L, n = (p, width) if op == 'add' else (p-1, width-1)
     psi, phi = 2*math.pi*torch.rand(2, n, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64)
@@ -165,7 +166,8 @@ def analytic_modular_weights(
     turns = 2*math.pi*(torch.outer(torch.arange(L), sigma) % L).double()/L
     rows = [(2/n)**(1/3)*torch.cos(turns+o) for o in (psi, phi, psi+phi)]
     if op == 'mul':
-        at, rows = discrete_log_order(p), [torch.zeros(p, width, dtype=torch.float64).index_put_((discrete_log_order(p),), F.pad(r, (0, 1))) for r in rows]
+        at = discrete_log_order(p)
+        rows = [torch.zeros(p, width, dtype=torch.float64).index_copy_(0, at, F.pad(r, (0, 1))) for r in rows]
         for r in rows: r[0, -1] = 1.
     return {f'{k}.weight': r.to(dtype) for k, r in zip('UVW', rows)}
 
@@ -185,7 +187,9 @@ def inverse_participation_ratio(
     if not r > 1: raise ValueError(f"r must be above 1, got {r}: at 1 every spectrum has the same ratio")
     return _power_share(w, dim).pow(r).sum(dim)
 
-def dc_share(w, dim=-1):
+def dc_share(
+    w, dim=-1 # as for `inverse_participation_ratio`
+) -> torch.Tensor: # `w` without `dim`
     "Share of the power at frequency 0. A constant row has IPR 1 too; this tells it from a cosine."
     return _power_share(w, dim).select(dim, 0)
 
@@ -201,7 +205,7 @@ def layer_ipr(
     weight_in,       # the layer that makes the neurons, or a list of such; tensors are laid out as in `nn.Linear`: [neurons, inputs]
     weight_out=None, # the layer that reads them; tensor: [outputs, neurons]
     order=None,      # indices that put inputs and outputs in the order of the transform, as `discrete_log_order(p)`
-    r=2,
+    r=2,             # exponent
     blocks=1         # equal parts of the inputs, each transformed alone: 2 for a pair of one-hots side by side
 ) -> torch.Tensor:   # [neurons]
     "IPR of every neuron: the mean over its rows in all the layers. Raises `ValueError` where the layers or the order do not fit."
@@ -216,8 +220,11 @@ def layer_ipr(
         rows = [w[:, order] for w in rows]
     return torch.stack([inverse_participation_ratio(w.detach(), r=r) for w in rows]).mean(0)
 
-def neuron_ipr(model, order=None, r=2):
-    "IPR of the neurons of a `QuadraticMLP`, [N]: mean over U, V and W. `order`: `discrete_log_order(p)` for products."
+def neuron_ipr(
+    model,           # `QuadraticMLP`
+    order=None, r=2  # as for `layer_ipr`: `discrete_log_order(p)` for products
+) -> torch.Tensor:   # [N]
+    "IPR of the neurons: mean over U, V and W, as in the paper."
     return layer_ipr([model.U, model.V], model.W, order, r)
 
 # %% ../../nbs/generalization/02_grokking.ipynb #2518d9b1
@@ -238,10 +245,11 @@ def fit_cosines(
     model,     # `QuadraticMLP`
     order=None # `discrete_log_order(p)` for products; the fit then leaves out 0
 ) -> CosineFit:
-    "Fit one frequency to each neuron, with an amplitude and a phase for each of U, V and W."
+    "Fit one frequency to each neuron, with an amplitude and a phase for each of U, V and W. Raises `ValueError` for an order of fewer than 3 entries."
     full = torch.stack([model.U.weight, model.V.weight, model.W.weight]).detach().double()
-    order = torch.arange(full.shape[1]) if order is None else order
+    order = torch.arange(full.shape[1]) if order is None else torch.as_tensor(order)
     w, L = full[:, order], len(order)
+    if L < 3: raise ValueError(f"fit_cosines needs at least 3 entries to fit a frequency to, got {L}")
     f = torch.fft.rfft(w, dim=1)
     freq = 1+f[:, 1:(L+1)//2].abs().square().sum(0).argmax(0)
     c = f.gather(1, freq.expand(3, 1, -1))[:, 0]
@@ -296,9 +304,9 @@ def pruning_curve(
     model, order,    # any module; its neurons, first to cut first
     evaluate,        # model -> dict of numbers
     counts=None,     # how many neurons to cut; by default 0..N-1
-    into=('U', 'V'), out='W'
+    into=('U', 'V'), out='W' # names of the layers, as for `prune_neurons`
 ) -> dict:           # name -> array, one entry a count
-    "Evaluate the model without the first k neurons of `order`, for every k of `counts`."
+    "Evaluate the model without the first k neurons of `order`, for every k of `counts`. Raises `ValueError` for layers, neurons or counts that do not exist."
     order = _checked(order, len(_neurons(_pair(model, into, out)[1], 'out')))
     rows = [evaluate(prune_neurons(model, order[:k], into, out)) for k in _as_counts(counts, len(order))]
     return {k: np.array([r[k] for r in rows]) for k in rows[0]}
@@ -306,8 +314,8 @@ def pruning_curve(
 @torch.no_grad()
 def modular_pruning_curve(
     model, order, data, # `QuadraticMLP` without LayerNorm; its neurons, first to cut first; `ModularData`
-    counts=None
-) -> dict:
+    counts=None         # how many neurons to cut; by default 0..N-1
+) -> dict:              # name of a score -> array, one entry a count
     "The same as `pruning_curve` with `modular_scores`, by adding up neurons from the last one back. Raises `ValueError` for LayerNorm, which mixes the neurons."
     if isinstance(model.norm, nn.LayerNorm): raise ValueError("modular_pruning_curve: LayerNorm mixes the neurons, so they do not add up; use pruning_curve")
     order = _checked(order, model.width)
@@ -336,7 +344,9 @@ def _seeded(make, seed):
         torch.manual_seed(seed)
         return make()
 
-def mse_onehot(out, y):
+def mse_onehot(
+    out, y # logits [B, classes], labels [B]
+) -> torch.Tensor:
     "The paper's loss: squared error to the one-hot label, mean over batch and classes"
     return F.mse_loss(out, F.one_hot(y, out.shape[-1]).to(out.dtype))
 
@@ -479,13 +489,13 @@ def classify_phase(
 @dataclass(eq=False)
 class PhaseDiagram:
     "Accuracies over a grid of data fraction and corruption. Made by `phase_diagram`."
-    alphas: list
-    xis: list
-    train: list # [α][ξ] accuracy on the training labels
-    test: list  # [α][ξ]
-    p: int
-    hi: float = .9
-    name: str = ''
+    alphas: list    # data fractions
+    xis: list       # corrupted shares
+    train: list     # [α][ξ] accuracy on the training labels
+    test: list      # [α][ξ] on the test part
+    p: int          # modulus
+    hi: float = .9  # what counts as high, see `classify_phase`
+    name: str = ''  # title of its panel
     @property
     def phases(self):
         "[α][ξ] names of the phases"
@@ -507,9 +517,10 @@ def phase_diagram(
 
 # %% ../../nbs/generalization/02_grokking.ipynb #0c71c18f
 def quadratic_fit(
-    p=97, width=500, steps=2000, weight_decay=0., dropout=0., seed=0,
+    p=97, width=500, steps=2000, weight_decay=0., dropout=0., # network and training
+    seed=0,      # of data, weights and dropout, the same in every cell
     device='cpu' # where it runs
-):
+):               # function for `phase_diagram`
     "The fit of the paper's phase diagrams: (alpha, xi) -> accuracies of a full-batch run."
     def fit(alpha, xi):
         d = modular_dataset(p, 'add', alpha, xi, seed).to(device)
@@ -517,8 +528,10 @@ def quadratic_fit(
         return s['train'], s['test']
     return fit
 
-# %% ../../nbs/generalization/02_grokking.ipynb #740ebbe6
-def plot_phases(diagrams):
+# %% ../../nbs/generalization/02_grokking.ipynb #01c4c37c
+def plot_phases(
+    diagrams # list of `PhaseDiagram`
+):
     "One panel a diagram, a colour a phase. Returns the figure."
     from matplotlib.colors import ListedColormap, BoundaryNorm
     from matplotlib.patches import Patch
@@ -538,8 +551,10 @@ _PHASE_FILE = 'grokking_phases.json'
 
 def record_phases(
     path=None,  # by default the file in the package that `recorded_phases` reads
-    p=31, width=128, steps=1000, n=17, # the paper: 97, 500, 2000, 17
-    weight_decays=(0., 5., 10., 15.), seed=100, device='cpu', progress=None
+    p=31, width=128, steps=1000, n=17, # the paper: 97, 500, 2000, and 17 values of α and of ξ
+    weight_decays=(0., 5., 10., 15.),  # λ
+    seed=100, device='cpu', # as for `quadratic_fit`
+    progress=None           # called with 'λ α' after each row
 ) -> Path:
     "Run phase diagrams over weight decay and write them as JSON, after each row of cells; goes on where an earlier call stopped. Raises `ValueError` where the file was made with other settings."
     path = Path(path) if path else ledger_path('grokking').with_name(_PHASE_FILE)
@@ -557,7 +572,9 @@ def record_phases(
             if progress: progress(key)
     return path
 
-def recorded_phases(path=None) -> list: # of `PhaseDiagram`, one a weight decay
+def recorded_phases(
+    path=None # by default the recording in the package
+) -> list:    # of `PhaseDiagram`, one a weight decay
     "The phase diagrams that `record_phases` wrote. Raises `FileNotFoundError` before there are any, `ValueError` for a recording that is not complete."
     path = Path(path) if path else ledger_path('grokking').with_name(_PHASE_FILE)
     d = json.loads(path.read_text())
