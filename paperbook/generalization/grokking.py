@@ -975,7 +975,7 @@ def fig_pruning():
 # %% ../../nbs/generalization/02_grokking.ipynb #011bfd1a
 @figure('grokking', 'phases')
 def fig_phases():
-    "Four phase diagrams of data fraction against corruption for four weight decays, as recorded. Without decay memorisation and coexistence; with decay a growing region of full inversion at large data fractions, and forgetting at small ones."
+    "Four phase diagrams of data fraction against corruption for four weight decays, as recorded. Memorisation nearly everywhere without decay, with coexistence in the corner of much data and little corruption; at 5 coexistence grows; at 10 inversion takes its place; at 15 forgetting fills the side of much data."
     fig = plot_phases(recorded_phases())
     fig.suptitle('Decay first removes the memory, then everything', fontsize=10, fontweight='bold', x=.01, ha='left')
     return fig
