@@ -3,7 +3,9 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from paperbook.core import claims, cli
+from paperbook.core.papers import papers
 
+PLANNED = [p.slug for p in papers if p.state == 'planned'][0]
 exe = str(Path(sys.executable).parent/'paperbook')
 
 def sh(*argv, cwd=None, **env):
@@ -27,7 +29,7 @@ def test_list_and_show(capsys):
     code, out, _ = main(capsys, 'show', 'lion', '--json')
     assert code == 0 and {f'lion.C{i}' for i in range(1, 13)} <= {c['claim'] for c in json.loads(out)['claims']}
     assert 'lion.C5' in main(capsys, 'show', 'lion')[1]
-    assert main(capsys, 'show', 'sophia')[0] == 0      # planned papers are shown too
+    assert main(capsys, 'show', PLANNED)[0] == 0      # planned papers are shown too
 
 def test_verify_writes_report_and_results(tmp_path):
     code, out, err = sh('verify', 'lion', '--only', 'C4,C11', '--seeds', '20,21', '--json', '--no-figures', cwd=tmp_path)
@@ -58,7 +60,7 @@ def test_dask_cluster(tmp_path):
     assert json.loads(out)['papers'][0]['claims'][0]['verdict'] == 'verified'
 
 @pytest.mark.parametrize('argv, why', [
-    (('show', 'lyon'), 'lion'), (('verify', 'sofia'), 'sophia'), (('verify', 'sophia'), 'planned'), (('verify', 'lion', '--seeds', 'many'), '--seeds many'),
+    (('show', 'lyon'), 'lion'), (('verify', 'sofia'), 'sophia'), (('verify', PLANNED), 'planned'), (('verify', 'lion', '--seeds', 'many'), '--seeds many'),
     (('verify', 'lion', '--seeds', '0'), 'at least one seed'), (('verify', 'lion', '--seeds', '2,2'), 'different'), (('verify', 'lion', '--only', 'C99'), 'no claim lion.C99'),
     (('verify', 'lion', '--jobs', '0'), 'jobs'), (('verify', 'lion', '--scale', 'huge'), 'invalid choice'), (('verify', 'lion', '--backend', 'slurm'), 'invalid choice'),
     (('list', '--part', 'optics'), 'unknown part'), (('new', 'lyon'), 'lion'), (('bench', 'nothing'), 'nothing'), (('fly',), 'invalid choice'), ((), 'required')])
@@ -75,7 +77,7 @@ def test_lab_needs_a_gpu_or_a_yes(capsys):
     assert code == 2 and '--cpu' in err
 
 def test_new_needs_a_checkout_and_overwrites_nothing(capsys, tmp_path, root):
-    assert main(capsys, 'new', 'sophia', '--root', str(tmp_path))[0] == 2
+    assert main(capsys, 'new', PLANNED, '--root', str(tmp_path))[0] == 2
     code, _, err = main(capsys, 'new', 'lion', '--root', str(root))
     assert code == 2 and 'not overwritten' in err
 

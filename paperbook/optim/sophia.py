@@ -453,7 +453,7 @@ def maybe_update_hessian(
 
 # %% ../../nbs/optim/02_sophia.ipynb #66a6cce1
 class SophiaCallback:
-    """fastai callback: refreshes the curvature every `k` steps, in any `Learner` whose optimizer is `Sophia`. `win_rates` is a list of (step, win rate).
+    """fastai callback: refreshes the curvature every `k` steps, in any `Learner` whose optimizer is `Sophia`. Its attribute win_rates is a list of (step, win rate).
 
     It counts real steps, not the batches of gradient accumulation. Raises `ImportError` without fastai, `ValueError` for bad options."""
     def __new__(cls, *args, **kwargs): return object.__new__(_as_callback(cls))
