@@ -719,6 +719,7 @@ def verify(
     if ledger: ledger._read()
     res = {c.id: Result(c.id, c.kind, c.paper, c.number, c.scope, c.how, c.needs) for c in cs}
     tasks, stopped = list(_tasks(cs, seeds, scale, ledger, record)), False
+    if jobs != 1: tasks.sort(key=lambda t: -rec[t[0].id].seconds/len(rec[t[0].id].seeds)*len(t[1]) if t[0].id in rec else -math.inf)   # long ones first
     try:
         for i, (c, ms) in enumerate(_run_tasks(tasks, scale, jobs, backend)):
             res[c.id].measurements += ms

@@ -115,7 +115,7 @@ def cmd_verify(a):
         for p in ps:
             runs.append(verify(p.slug, seeds, a.scale, a.jobs, a.backend, only, out=None if a.record else out/f'{p.slug}.json', record=a.record, progress=bar.of(p.slug)))
             if runs[-1].interrupted: break
-    report = write_report(runs, out/'report.html', a.line, figures=not a.no_figures)
+    report = write_report(runs, out/'report.html', a.line, figures=not a.no_figures, jobs=a.jobs)
     if a.json: print(json.dumps(dict(report=str(report.resolve()), papers=[r.to_dict() for r in runs]), indent=1))
     else: _print_ledger(runs, report)
     return 130 if any(r.interrupted for r in runs) else int(any(r.worse for r in runs))

@@ -21,9 +21,12 @@ def _png(fig):
     plt.close(fig)
     return base64.b64encode(buf.getvalue()).decode()
 
-def _figure_html(name, f):
+def _figure_html(slug, name):
+    from paperbook.core.training import single_thread
+    f = figures_of(slug)[name]
     alt = ' '.join((inspect.getdoc(f) or '').split())
-    try: img = f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{_png(f())}">'
+    try:
+        with single_thread(): img = f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{_png(f())}">'
     except Exception as e: img = f'<p class="bad">figure {html.escape(name)} failed: {html.escape(f"{type(e).__name__}: {e}")}</p>'
     return f'<figure>{img}<figcaption>{html.escape(alt)}</figcaption></figure>'
 
@@ -46,7 +49,8 @@ def write_report(
     runs,       # list of `Verification`
     path,       # HTML file to write
     command='', # how the run was started
-    figures=True # draw the registered figures of each paper
+    figures=True, # draw the registered figures of each paper
+    jobs=1       # processes that draw them
 ):
     "Write the report as one self-contained file, whole or not at all. Returns its path."
     if not runs: raise ValueError("write_report: no verification to report")
@@ -55,9 +59,14 @@ def write_report(
     total = {v: sum(r.counts().get(v, 0) for r in runs) for v in VERDICTS}
     body = [f"<h1>paperbook: what holds</h1><p>{', '.join(f'<b>{n}</b> {v}' for v, n in total.items() if n)}. "
             f"{time.strftime('%Y-%m-%d %H:%M')}{f', <code>{html.escape(command)}</code>' if command else ''}</p>", _reading]
+    names = [(r.slug, n) for r in runs for n in figures_of(r.slug)] if figures else []
+    if jobs == 1: drawn = [_figure_html(*o) for o in names]
+    else:
+        from joblib import Parallel, delayed
+        drawn = Parallel(n_jobs=jobs)(delayed(_figure_html)(*o) for o in names)
     for r in runs:
         body.append(f"<h2 id='{r.slug}'>{html.escape(titles.get(r.slug, r.slug))}</h2><div class='wide'>{r._repr_html_()}</div>")
-        if figures: body += [_figure_html(n, f) for n, f in figures_of(r.slug).items()]
+        body += [d for (slug, _), d in zip(names, drawn) if slug == r.slug]
     body.append(f"<p><small>{html.escape(', '.join(f'{k} {v}' for k, v in versions().items()))}</small></p>")
     return atomic_write(path, f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
                               f"<title>paperbook: what holds</title><style>{_css}</style></head><body>{''.join(body)}</body></html>")

@@ -60,12 +60,15 @@ def _source(body, state, scalars, dtype):
         state_read=' '.join(f'real {n} = {up}(s{i}_[i]);' for i, n in enumerate(state)), state_write=' '.join(f's{i}_[i] = {down}({n});' for i, n in enumerate(state)))
 
 # %% ../../nbs/optim/00_elementwise.ipynb #e3434401
+@lru_cache(maxsize=None)
+def _find_compiler(cc, path):
+    for c in (cc,) if cc else ('cc', 'gcc', 'clang'):   # a compiler that was asked for and is not there is not replaced by another
+        if found := shutil.which(c, path=path): return found
+    return ''
+
 def compiler() -> str: # path, or '' where there is none
     "The C compiler that builds the kernels: `CC` from the environment, or `cc`, `gcc`, `clang`."
-    for c in filter(None, (os.environ.get('CC'), 'cc', 'gcc', 'clang')):
-        if path := shutil.which(c): return path
-        if c == os.environ.get('CC'): return ''   # a compiler that was asked for and is not there is not replaced by another
-    return ''
+    return _find_compiler(os.environ.get('CC'), os.environ.get('PATH'))
 
 def _cpu():
     "What the compiled code depends on of this machine"
