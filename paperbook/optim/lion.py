@@ -1141,7 +1141,7 @@ def _language(seeds, steps):
     return [compare(a, b, better='lower', within=.02) for a, b in zip(ours, theirs)]
 
 @claim('lion.C10b', kind='comparison', paper='the same on a language model', number='"comparable or favourable"', batched=True,
-       scope='a one-block GPT of 17,000 weights, 200 steps')
+       scope='a one-block GPT of 17,000 weights, 200 steps', at='lab', needs="`paperbook verify lion --scale lab --only C10b`, a minute on one core")
 def language_model(seeds):
     "Characters of the King James text, 200 steps of 8 × 32, 3 learning rates × 2 weight decays each, picked by validation loss; test loss within 0.02 nats (1 %)."
     return _language(seeds, 200)
@@ -1397,15 +1397,17 @@ def fig_weights():
 # %% ../../nbs/optim/01_lion.ipynb #f6d03083
 @figure('lion', 'comparisons')
 def fig_comparisons():
-    "Left: test accuracy of Lion and AdamW on digits, joined by seed. Middle: test loss of both on a small language model, joined by seed. Right: test loss against p for a vision transformer and an MLP, a line a seed."
+    "Left: test accuracy of Lion and AdamW on digits, joined by seed. Middle: test loss of both on a small language model, ten recorded seeds. Right: test loss against p for a vision transformer and an MLP, a line a seed."
+    from paperbook.core.claims import recorded
     from paperbook.core.plots import subplots, COLORS
     seeds = _fresh()
     fig, (ax, bx, cx) = subplots(1, 3, width=8.5, height=2.8)
-    for a, f, y, t in ((ax, lambda o: 100*_tuned(o, seeds)[0], 'test accuracy (%)', 'Digits: no winner'), (bx, lambda o: _char_lm(o, seeds, 200), 'test loss (nats/character)', 'Text: AdamW is ahead')):
-        l, w = f(Lion), f(torch.optim.AdamW)
+    digits = [100*_tuned(o, seeds)[0] for o in (Lion, torch.optim.AdamW)]
+    text = zip(*(e.values for e in recorded('lion', 'lab')['lion.C10b'].evidence()['']))
+    for a, (l, w), y, t in ((ax, digits, 'test accuracy (%)', 'Digits: no winner'), (bx, text, 'test loss (nats/character)', 'Text, as recorded: AdamW ahead by a hair')):
         for i, j in zip(l, w): a.plot([0, 1], [i, j], color='.6', lw=1)
         a.plot([0]*len(l), l, 'o', color=COLORS['blue']); a.plot([1]*len(w), w, 's', color=COLORS['orange'])
-        a.set(xticks=[0, 1], xticklabels=['Lion', 'AdamW'], xlim=(-.4, 1.4), ylabel=y, title=t, xlabel='optimizer, tuned')
+        a.set(xticks=[0, 1], xticklabels=['Lion', 'AdamW'], xlim=(-.4, 1.4), ylabel=y, xlabel='optimizer, tuned'); a.set_title(t, fontsize=8)
     for arch, c, m in (('ViT', 'vermillion', 'o'), ('MLP', 'green', 's')):
         for j, y in enumerate(_norm_sweep(seeds, arch).T): cx.plot(_PS, y, color=COLORS[c], marker=m, ms=3, lw=1, label=None if j else arch)
     cx.set(xlabel='p of the norm', ylabel='test loss (nats)', yscale='log', title='No p suits all seeds'); cx.legend()
