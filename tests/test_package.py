@@ -52,7 +52,12 @@ def empty_env(wheel, tmp_path_factory):
     subprocess.run([sys.executable, '-m', 'pip', '--python', str(py), 'install', '-q', '--no-deps', '--no-index', str(wheel)], check=True)
     base = base_closure()
     norm = lambda s: s.lower().replace('_', '-').replace('.', '-')
-    blocked = sorted(top for top, dists in md.packages_distributions().items() if not {norm(o) for o in dists} & base and top not in ('paperbook', 'pip'))
+    tops = {}
+    for dist in md.distributions():   # packages_distributions() of Python 3.10 misses packages without a top_level.txt
+        for f in dist.files or ():
+            if f.suffix in ('.py', '.so') and not f.parts[0].endswith(('.dist-info', '.data')) and f.parts[0] != '..':
+                tops.setdefault(f.parts[0].split('.')[0], set()).add(norm(dist.metadata['Name']))
+    blocked = sorted(top for top, dists in tops.items() if not dists & base and top not in ('paperbook', 'pip'))
     (site/'sitecustomize.py').write_text(BLOCK.format(names=blocked))
     (site/'dev.pth').write_text(str(Path(md.distribution('torch').locate_file('')))+'\n')
     return py

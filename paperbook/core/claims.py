@@ -369,7 +369,7 @@ class Result:
     @property
     def seeds(self): return sorted(m.seed for m in self.measurements)
     @property
-    def seconds(self): return sum(m.seconds for m in self.measurements)
+    def seconds(self): return math.fsum(m.seconds for m in self.measurements)
     @property
     def error(self): return next((f"seed {m.seed}: {m.error}" for m in self.measurements if m.error), '')
 
