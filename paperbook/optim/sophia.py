@@ -433,6 +433,7 @@ def _head(batch, fraction, rows=None):
     if not isinstance(batch, (tuple, list)): return batch
     return (tuple if isinstance(batch, tuple) else list)(_head(v, fraction, rows) for v in batch)
 
+# %% ../../nbs/optim/02_sophia.ipynb #b7e4f012
 def _average(estimates):
     "The mean over the processes of data-parallel training; sharded estimates are whole already"
     import torch.distributed as dist
