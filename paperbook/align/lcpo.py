@@ -6,7 +6,7 @@ Docs: https://paperbook.github.io/paperbook/nbs/align/lcpo.html.md"""
 
 # %% auto #0
 __all__ = ['gibbs_logit', 'dpo_logit', 'ipo_logit', 'simpo_logit', 'cpo_logit', 'label_posterior', 'lcpo_loss',
-           'AnnotatorReliability', 'LCPO', 'em_fit']
+           'AnnotatorReliability', 'LCPO', 'em_fit', 'LCPOTrainer', 'LCPOCallback']
 
 # %% ../../nbs/align/02_lcpo.ipynb #649d69d4
 import math, warnings
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.claims import claim, figure, exact, bound, compare, cost
 from .preferences import (_finite, _inspects, _lengths, _positive, _reduce, _wide, cpo_loss, dpo_loss, ipo_loss, rdpo_loss, reward_margin, simpo_loss)
-from .bench import (PrefSpace, at_matched_kl, copies, evaluate, gold, make_pairs, read, reference, stacked, train_pairs, tree_logp)
+from .bench import (PrefSpace, copies, evaluate, gold, make_pairs, reference, stacked, train_pairs, tree_logp)
 
 # %% ../../nbs/align/02_lcpo.ipynb #023703db
 def gibbs_logit(
@@ -191,34 +191,41 @@ class LCPO(nn.Module):
         if not callable(base_loss): raise TypeError(f"base_loss must be a function, got {type(base_loss).__name__}")
         if objective not in ('induced', 'weighted'): raise ValueError(f"objective must be 'induced' or 'weighted', got {objective!r}")
         ps = signature(base_loss).parameters
-        if 'swapped' in ps: self.pair_loss = base_loss
-        elif 'reduction' in ps: self.pair_loss = lambda batch, swapped: base_loss(**({_turned(k): v for k, v in batch.items()} if swapped else batch), reduction='none')
-        else: raise TypeError("base_loss must take (batch, swapped), or be a loss of paperbook.align.preferences, with `reduction`")
-        self.reliability, self.objective, self._pending, self._told = reliability or AnnotatorReliability(), objective, [], False
+        if 'swapped' not in ps and 'reduction' not in ps: raise TypeError("base_loss must take (batch, swapped), or be a loss of paperbook.align.preferences, with `reduction`")
+        self.base_loss, self.own, self.objective = base_loss, 'swapped' in ps, objective
+        self.reliability, self._pending, self._told = reliability or AnnotatorReliability(), [], False
 
-    def forward(self,
-        batch,         # what the base loss takes
-        annotator=None # [B] int64; may be left out where there is one
-    ) -> tuple:        # loss, and detached numbers: w, eta, agreement
-        "The loss of the batch. In training mode the posteriors are kept for `update`."
-        a, b = self.pair_loss(batch, swapped=False), self.pair_loss(batch, swapped=True)
-        s, rel = gibbs_logit(a, b), self.reliability
-        if annotator is None:
-            if rel.eta.shape[-1] > 1: raise ValueError(f"there are {rel.eta.shape[-1]} annotators: say who labelled each pair, or -1 where unknown")
-            annotator = torch.zeros(s.shape, dtype=torch.int64, device=s.device)
-        if annotator.shape != s.shape: raise ValueError(f"one annotator a pair: the losses are {tuple(s.shape)}, annotators {tuple(annotator.shape)}")
-        w = label_posterior(s, rel(annotator), rel.eps)
-        if self.training:
-            self._pending.append((w, annotator))
-            if not self._told and rel.steps >= 100 and s.detach().abs().mean() < .05:
-                self._told = True
-                warnings.warn("after 100 updates the logits are still near 0: the policy has learnt nothing, so w is the prior; raise beta or the learning rate", stacklevel=2)
-        return lcpo_loss(s, w, self.objective, a, b), dict(w=w.mean(), eta=rel.eta.mean(), agreement=(s > 0).float().mean())
+    def pair_loss(self, batch, swapped):
+        "The base loss of each pair, [B]"
+        if self.own: return self.base_loss(batch, swapped=swapped)
+        return self.base_loss(**({_turned(k): v for k, v in batch.items()} if swapped else batch), reduction='none')
 
-    def update(self):
-        "The M-step of the reliabilities, after the optimizer's step."
-        if self._pending: self.reliability.update(*(torch.cat(v, -1) for v in zip(*self._pending)))
-        self._pending.clear()
+# %% ../../nbs/align/02_lcpo.ipynb #ba3f0650
+@patch
+def forward(self:LCPO,
+    batch,         # what the base loss takes
+    annotator=None # [B] int64; may be left out where there is one
+) -> tuple:        # loss, and detached numbers: w, eta, agreement
+    "The loss of the batch. In training mode the posteriors are kept for `update`."
+    a, b = self.pair_loss(batch, False), self.pair_loss(batch, True)
+    s, rel = gibbs_logit(a, b), self.reliability
+    if annotator is None:
+        if rel.eta.shape[-1] > 1: raise ValueError(f"there are {rel.eta.shape[-1]} annotators: say who labelled each pair, or -1 where unknown")
+        annotator = torch.zeros(s.shape, dtype=torch.int64, device=s.device)
+    if torch.is_tensor(annotator) and annotator.shape != s.shape: raise ValueError(f"one annotator a pair: the losses are {tuple(s.shape)}, annotators {tuple(annotator.shape)}")
+    w = label_posterior(s, rel(annotator), rel.eps)
+    if self.training:
+        self._pending.append((w, annotator))
+        if not self._told and rel.steps >= 100 and s.detach().abs().mean() < .05:
+            self._told = True
+            warnings.warn("after 100 updates the logits are still near 0: the policy has learnt nothing, so w is the prior; raise beta or the learning rate", stacklevel=2)
+    return lcpo_loss(s, w, self.objective, a, b), dict(w=w.mean(), eta=rel.eta.mean(), agreement=(s > 0).float().mean())
+
+@patch
+def update(self:LCPO):
+    "The M-step of the reliabilities, after the optimizer's step."
+    if self._pending: self.reliability.update(*(torch.cat(v, -1) for v in zip(*self._pending)))
+    self._pending.clear()
 
 # %% ../../nbs/align/02_lcpo.ipynb #07d0940f
 def em_fit(
@@ -242,6 +249,116 @@ def em_fit(
         if i < iters: eta = torch.where(n > 0, torch.zeros_like(n).scatter_add(0, k, w)/n.clamp_min(1), eta)
     return eta, w
 
+# %% ../../nbs/align/02_lcpo.ipynb #860b7ca6
+class _Annotated:
+    "A collator that keeps the column `annotator`"
+    def __init__(self, collate): self.collate = collate
+    def __call__(self, rows): return self.collate(rows) | ({'annotator': torch.tensor([r['annotator'] for r in rows])} if 'annotator' in rows[0] else {})
+
+@lru_cache
+def _trainer():
+    "DPOTrainer with LCPO's loss"
+    from pathlib import Path
+    from transformers import TrainerCallback
+    from trl import DPOTrainer
+    class AfterStep(TrainerCallback):
+        def __init__(self, trainer): self.trainer = trainer
+        def on_optimizer_step(self, *args, **kw): self.trainer._move()
+    class LCPOTrainer(DPOTrainer):
+        def __init__(self, *args, reliability, **kw):
+            self.reliability, self._pending = reliability, []
+            super().__init__(*args, **kw)
+            reliability.to(self.accelerator.device)
+            self.data_collator = _Annotated(self.data_collator)
+            self.add_callback(AfterStep(self))
+        def _set_signature_columns_if_needed(self):
+            super()._set_signature_columns_if_needed()
+            if 'annotator' not in self._signature_columns: self._signature_columns = [*self._signature_columns, 'annotator']
+        def compute_ref_log_probs(self, model, inputs): return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != 'annotator'})
+        def _compute_loss(self, model, inputs, return_outputs): return _trl_loss(self, super()._compute_loss, model, dict(inputs), return_outputs)
+        def _move(self):
+            if self._pending: self.reliability.update(*map(torch.cat, zip(*self._pending)))
+            self._pending.clear()
+        def _save_checkpoint(self, model, trial):
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save: torch.save(self.reliability.state_dict(), Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}'/'reliability.pt')
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self.reliability.load_state_dict(torch.load(Path(resume_from_checkpoint)/'reliability.pt', map_location='cpu', weights_only=True))
+    return LCPOTrainer
+
+# %% ../../nbs/align/02_lcpo.ipynb #aa43a636
+def _trl_loss(self, theirs, model, inputs, return_outputs):
+    annotator, outs = inputs.pop('annotator', None), []
+    def keep(**kw): outs.append(model(**kw)); return outs[-1]
+    result = theirs(keep, inputs, return_outputs)
+    mask, rel = inputs['completion_mask'], self.reliability
+    x = (*outs[0].log_probs[:, 1-mask.shape[1]:].sum(1).chunk(2), inputs['ref_chosen_logps'], inputs['ref_rejected_logps'])
+    s = dpo_logit(*x, self.beta) if self.loss_types == ['sigmoid'] else ipo_logit(*x, self.beta, *mask.sum(1).chunk(2))
+    if annotator is None:
+        if rel.eta.shape[-1] > 1: raise ValueError(f"there are {rel.eta.shape[-1]} annotators: the data set needs a column 'annotator' with their numbers, -1 where unknown")
+        annotator = torch.zeros(s.shape, dtype=torch.int64, device=s.device)
+    training = self.model.training
+    rel.train(training)
+    w = label_posterior(s, rel(annotator), rel.eps)
+    if training: self._pending.append((w, annotator))
+    loss = lcpo_loss(s, w)
+    if self.aux_loss_enabled: loss = loss+self.router_aux_loss_coef*outs[0].aux_loss
+    log = self._metrics['train' if training else 'eval']
+    for k, v in (('lcpo/w', w), ('lcpo/eta', rel.eta)): log[k].append(v.mean().item())
+    return (loss, result[1]) if return_outputs else loss
+
+# %% ../../nbs/align/02_lcpo.ipynb #cb141c96
+def LCPOTrainer(
+    *args,            # as for TRL's `DPOTrainer`
+    reliability=None, # `AnnotatorReliability`; by default one annotator
+    **kwargs
+):
+    """TRL's `DPOTrainer` with the loss of LCPO; its attribute `reliability` has the estimates.
+
+    `loss_type` may be 'sigmoid' (DPO) or 'ipo'. Raises `ImportError` without TRL, `ValueError` for options of TRL that change the loss in other ways."""
+    try: from trl import DPOConfig
+    except ImportError: raise ImportError("LCPOTrainer needs TRL: pip install 'paperbook[hf]'; without it, use LCPO") from None
+    import copy
+    given = list(args)
+    conf = copy.copy((given[2] if len(given) > 2 else kwargs.get('args')) or DPOConfig())
+    if conf.loss_type not in (['sigmoid'], ['ipo']): raise ValueError(f"LCPOTrainer: loss_type must be 'sigmoid' or 'ipo', got {conf.loss_type}")
+    other = dict(label_smoothing=0., use_weighting=False, ld_alpha=None, f_divergence_type='reverse_kl', sync_ref_model=False)
+    if bad := [k for k, v in other.items() if getattr(conf, k, v) not in (v, None)]: raise ValueError(f"LCPOTrainer: leave {bad[0]} at its default, {other[bad[0]]!r}; the posterior takes its place")
+    conf.precompute_ref_log_probs = True
+    if len(given) > 2: given[2] = conf
+    else: kwargs['args'] = conf
+    return _trainer()(*given, reliability=reliability or AnnotatorReliability(), **kwargs)
+
+# %% ../../nbs/align/02_lcpo.ipynb #aa1461e4
+class LCPOCallback:
+    """fastai callback: its method `loss` is the `loss_func` for the `Learner`, and it moves the reliabilities after each step. The model returns a dict of the base loss's arguments, the target is the annotator [B]. Its attribute `log` is a list of (mean w, mean η).
+
+    Raises `ImportError` without fastai."""
+    def __new__(cls, *args, **kwargs): return object.__new__(_as_callback(cls))
+    def __init__(self,
+        lcpo # `LCPO`
+    ):
+        super().__init__()
+        self.lcpo, self.log = lcpo, []
+    def loss(self, pred, annotator=None): "The loss of a batch."; return self.lcpo(pred, annotator)[0]
+    def before_fit(self):
+        "Forget a fit that was broken off; follow the model to its device."
+        self.lcpo._pending.clear()
+        self.lcpo.to(next(self.learn.model.parameters()).device)
+    def before_train(self): "The posteriors are kept."; self.lcpo.train()
+    def before_validate(self): "The posteriors are not kept."; self.lcpo.eval()
+    def after_step(self):
+        "The M-step of the reliabilities."
+        self.log.append((torch.cat([w for w, _ in self.lcpo._pending]).mean().item(), self.lcpo.reliability.eta.mean().item()))
+        self.lcpo.update()
+
+@lru_cache
+def _as_callback(cls):
+    try: from fastai.callback.core import Callback
+    except ImportError: raise ImportError("LCPOCallback needs fastai: pip install 'paperbook[course]'; without it, call LCPO and its update") from None
+    return cls if issubclass(cls, Callback) else type(cls.__name__, (cls, Callback), dict(__module__=cls.__module__, __doc__=cls.__doc__))
+
 # %% ../../nbs/align/02_lcpo.ipynb #da5934b4
 _RELIABLE = .95, .9, .8, .6, .3   # the five annotators
 _SCALE = 2.                       # of Bradley–Terry: how sure an annotator without errors is
@@ -249,7 +366,7 @@ _SCALE = 2.                       # of Bradley–Terry: how sure an annotator wi
 @dataclass(frozen=True)
 class _Arm:
     "A method and its settings"
-    how: str          # 'plain' loss, 'lcpo', 'oracle' (reliabilities known), 'smooth' (label smoothing), 'rdpo', 'holder', 'clean' (right labels only)
+    how: str          # 'plain' loss, 'lcpo', 'induced' (LCPO's loss with w = 1), 'oracle' (reliabilities known), 'smooth' (label smoothing), 'rdpo', 'holder'
     beta: float
     base: str = 'dpo'
     K: int = 1        # reliabilities that LCPO learns: one for all, or one an annotator
@@ -279,7 +396,7 @@ def _arm_loss(arm, c, r, b, space, true, rel):
     if arm.how == 'plain': return _plain(arm.base, arm.beta, c, r, b, space), None
     s = _logit(arm.base, arm.beta, c, r, b, space)
     rate = 1-sum(true)/len(true)                     # share of flipped labels, known to the baselines that need it
-    if arm.how == 'clean': keep = (~b.flipped).float(); return -F.logsigmoid(s)*keep/keep.mean(-1, keepdim=True), None
+    if arm.how == 'induced': return -F.logsigmoid(s), None
     if arm.how == 'smooth': return dpo_loss(c, r, b.ref_chosen, b.ref_rejected, arm.beta, label_smoothing=rate, reduction='none'), None
     if arm.how == 'rdpo': return rdpo_loss(c, r, b.ref_chosen, b.ref_rejected, rate, arm.beta, reduction='none'), None
     if arm.how == 'holder': return _holder(s), None
@@ -307,8 +424,8 @@ class _Study:
     def at(self, arm): return self.arms.index(arm)
 
 @lru_cache
-def _study(seeds, arms, true=_RELIABLE, n=25_600, steps=400, every=50, bs=64, lr=3e-3):
-    "Train every arm from the reference of every seed on the same pairs in the same order"
+def _study(seeds, arms, true=_RELIABLE, n=25_600, steps=400, looks=(0, 400), bs=64, lr=3e-3):
+    "Train every arm from the reference of every seed on the same pairs in the same order; exact scores after the steps in `looks`"
     space, ref, ref_logp, reward = _bench(seeds)
     A, R = len(arms), len(seeds)
     pairs = make_pairs(space, ref_logp, reward, n, seeds, scale=_SCALE, reliability=true)
@@ -329,7 +446,351 @@ def _study(seeds, arms, true=_RELIABLE, n=25_600, steps=400, every=50, bs=64, lr
     model, many = copies(ref, A), ref_logp.repeat(A, 1, 1)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        _, path = train_pairs(model, pairs.repeat(A), loss, steps, bs, lr=lr, every=every, look=lambda t: evaluate(model, many, reward))
-    s = stacked(path)
+        _, path = train_pairs(model, pairs.repeat(A), loss, steps, bs, lr=lr, every=5, look=lambda t: evaluate(model, many, reward) if t in looks else None)
+    s = stacked([o for o in path if o])
     stack = lambda v: torch.stack(v) if v else None
-    return _Study(arms, [*range(0, steps, every), steps], s.J.view(A, R, -1), s.kl.view(A, R, -1), [*map(stack, eta)], [*map(stack, w)], *map(torch.stack, zip(*seen)))
+    return _Study(arms, list(looks), s.J.view(A, R, -1), s.kl.view(A, R, -1), [*map(stack, eta)], [*map(stack, w)], *map(torch.stack, zip(*seen)))
+
+# %% ../../nbs/align/02_lcpo.ipynb #f2ef1af1
+@claim('lcpo.L1', kind='identity', paper='the Gibbs link turns any preference loss into a probability; that of the DPO loss is Bradley–Terry')
+def link(seed):
+    "1,000 random pairs in float64: the link of each library loss against its closed form; DPO's probability against Bradley–Terry of the rewards β log(π/ref); the gradient of the weighted loss by autograd against σ(s) - w. All to 1e-6."
+    g = torch.Generator().manual_seed(seed)
+    pc, pr, rc, rr = x = [-20*torch.rand(1000, generator=g, dtype=torch.float64) for _ in range(4)]
+    n, m = torch.randint(1, 30, (2, 1000), generator=g)
+    h, D = (pc-rc)-(pr-rr), pc/n-pr/m
+    both = lambda loss, a, b, *c: gibbs_logit(loss(a, b, *c, reduction='none'), loss(b, a, *[v for i in range(0, len(c), 2) for v in c[i:i+2][::-1]], reduction='none'))
+    rewards = .1*torch.stack([pc-rc, pr-rr])
+    s = (h/4).requires_grad_()
+    w = label_posterior(s, .8)
+    grad = torch.autograd.grad(lcpo_loss(s, w, reduction='sum'), s)[0]
+    return {'DPO': exact(both(dpo_loss, *x), .1*h, atol=1e-9), 'IPO': exact(both(ipo_loss, *x), 2*h/.1, atol=1e-9), 'CPO': exact(both(cpo_loss, pc, pr), 1.1*(pc-pr), atol=1e-9),
+            'SimPO': exact(both(simpo_loss, pc, pr, n, m), F.logsigmoid(2*D-1)-F.logsigmoid(-2*D-1), atol=1e-9),
+            'Bradley–Terry': exact(torch.sigmoid(both(dpo_loss, *x)), rewards.exp()[0]/rewards.exp().sum(0)), 'gradient': exact(grad, torch.sigmoid(s)-w, atol=1e-12)}
+
+# %% ../../nbs/align/02_lcpo.ipynb #08630743
+_STARS, _STARTS = (.6, .8, .95), (.5001, .9, .99)
+
+def _labels(seed, eta, n=200_000, spread=2.):
+    "Probabilities, under the true policy, of labels that are right with probability eta: [n] float64"
+    g = torch.Generator().manual_seed(seed)
+    s = spread*torch.randn(n, generator=g, dtype=torch.float64)
+    right = torch.rand(n, generator=g, dtype=torch.float64) < torch.sigmoid(s)
+    label = right == (torch.rand(n, generator=g, dtype=torch.float64) < eta)
+    return torch.sigmoid(torch.where(label, s, -s))
+
+def _population(star, eta, spread=2.):
+    "Exactly, by a sum over 4,000 logits and both labels: T(η) = E w and the expected log-likelihood, for labels made with reliability `star`"
+    s = torch.linspace(-6, 6, 4000, dtype=torch.float64)*spread
+    weight = (-.5*(s/spread)**2).softmax(0)
+    p = torch.sigmoid(torch.cat([s, -s]))
+    mass = torch.cat([weight, weight])*(p*star+(1-p)*(1-star))
+    o = p*eta+(1-p)*(1-eta)
+    return (mass*p*eta/o).sum(), (mass*o.log()).sum(), -(mass*((2*p-1)/o)**2).sum()
+
+@claim('lcpo.L2', kind='theorem', paper='with a calibrated policy EM converges to the true reliability from every start (Theorem 4.1)')
+def recovers_reliability(seed):
+    "Reliabilities 0.6, 0.8, 0.95, starts 0.5001, 0.9, 0.99. 200,000 labels: |z| < 4.5 against the Fisher information, and all starts end in one point. Without sampling: T(η*) = η*, the derivative of the log-likelihood is (T(η)-η)/(η(1-η)), the second is negative, and EM on the population ends at η*."
+    z, ends, fixed, slopes, want, bend = [], [], [], [], [], []
+    for star in _STARS:
+        p = _labels(seed, star)
+        est = torch.stack([em_fit(p, init=i)[0][0] for i in _STARTS])
+        info = ((2*p-1)/(p*star+(1-p)*(1-star))).square().sum()
+        z.append((est-star)*info.sqrt()); ends.append(est-est[0])
+        for start in _STARTS:
+            eta = torch.tensor(start, dtype=torch.float64)
+            for _ in range(300): eta = _population(star, eta)[0]
+            fixed.append(eta-star)
+        for v in torch.linspace(.02, .98, 25, dtype=torch.float64):
+            v = v.clone().requires_grad_()
+            T, ll, second = _population(star, v)
+            d, = torch.autograd.grad(ll, v, create_graph=True)
+            slopes += [d.detach(), torch.autograd.grad(d, v)[0]]; want += [((T-v)/(v*(1-v))).detach(), second.detach()]; bend.append(second.detach())
+    return {'sampled': bound(torch.stack(z).abs(), 4.5), 'any start': exact(torch.stack(ends), 0., atol=1e-6), 'population': exact(torch.stack(fixed), 0., atol=1e-6),
+            'derivatives': exact(torch.stack(slopes), torch.stack(want), rtol=1e-6, atol=1e-9), 'concave': bound(torch.stack(bend), -1e-6)}
+
+# %% ../../nbs/align/02_lcpo.ipynb #ddf1f431
+def _observed(s, eta): "Log-likelihood of labels: log(p η + (1-p)(1-η))"; return torch.logaddexp(F.logsigmoid(s)+eta.log(), F.logsigmoid(-s)+(1-eta).log())
+
+def _linear_em(seed, inner, rounds=40, n=2000, d=8):
+    "EM on a linear Bradley–Terry model with three annotators; `inner` gradient steps of the curvature's size in each M-step. Log-likelihood before each round, and the errors of both formulas for the gradient"
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(n, d, generator=g, dtype=torch.float64)
+    true, k = torch.tensor([.95, .75, .35], dtype=torch.float64), torch.randint(3, (n,), generator=g)
+    s = X@torch.randn(d, generator=g, dtype=torch.float64)
+    good = (torch.rand(n, generator=g, dtype=torch.float64) < torch.sigmoid(s)) == (torch.rand(n, generator=g, dtype=torch.float64) < true[k])
+    X = torch.where(good, 1., -1.)[:, None]*X                       # turned so that the label is "first"
+    theta, eta = torch.zeros(d, dtype=torch.float64), torch.full((3,), .9, dtype=torch.float64)
+    step, ll, grads = 4/torch.linalg.eigvalsh(X.T@X)[-1], [], []
+    for _ in range(rounds):
+        ll.append(_observed(X@theta, eta[k]).sum())
+        w = label_posterior(X@theta, eta[k], eps=1e-12)
+        t = theta.clone().requires_grad_()
+        grads.append([torch.autograd.grad(-_observed(X@t, eta[k]).mean(), t)[0], torch.autograd.grad(lcpo_loss(X@t, w), t)[0]])
+        for _ in range(inner): theta = theta+step*X.T@(w-torch.sigmoid(X@theta))
+        eta = torch.zeros_like(eta).scatter_add(0, k, w)/torch.bincount(k)
+    return torch.stack(ll), *map(torch.stack, zip(*grads))
+
+@claim('lcpo.L3', kind='theorem', paper='E-step and M-step are expectation maximisation: the likelihood of the labels never falls')
+def never_falls(seed):
+    "2,000 labels of three annotators (one of them mostly wrong), linear Bradley–Terry, 40 rounds with a full M-step (200 gradient steps) and with one gradient step: no round lowers the log-likelihood. The gradient of the weighted loss is that of the log-likelihood itself."
+    out = {}
+    for name, inner in (('full M-step', 200), ('one gradient step', 1)):
+        ll, a, b = _linear_em(seed, inner)
+        out[name] = bound(-ll.diff(), 0., atol=1e-9)
+        out[f'gradient, {name}'] = exact(b, a, rtol=1e-6, atol=1e-10)
+    return out
+
+# %% ../../nbs/align/02_lcpo.ipynb #07da8ed0
+_BETA = {'DPO': .1, 'LCPO, K = 1': .1, 'LCPO, K = 5': .1, 'smooth': .03, 'rdpo': .1, 'holder': .3, ('dpo', 'plain'): .03, ('dpo', 'lcpo'): .1, ('ipo', 'plain'): .01, ('ipo', 'induced'): 60., ('ipo', 'lcpo'): 20.,
+         ('simpo', 'plain'): .5, ('simpo', 'induced'): .25, ('simpo', 'lcpo'): 1., ('cpo', 'plain'): 1., ('cpo', 'induced'): .1, ('cpo', 'lcpo'): .1}
+_SCOPE = 'a GRU of 13,000 weights, a language with 3,906 responses'
+_LOOKS = (0, 400)
+_DPO, _ONE, _FIVE = (_Arm(h, _BETA[n], K=K) for h, n, K in (('plain', 'DPO', 1), ('lcpo', 'LCPO, K = 1', 1), ('lcpo', 'LCPO, K = 5', 5)))
+_SAME, _CALM, _ONE_CALM = _Arm('plain', .3), _Arm('lcpo', .3, K=5), _Arm('lcpo', .3)    # all at β = 0.3
+_PAIR = tuple(_Arm(h, _BETA['dpo', h], K=5 if h == 'lcpo' else 1) for h in ('plain', 'lcpo'))   # tuned for the 200 steps of L7
+_OTHERS = tuple(_Arm(h, _BETA[base, h], base, K=5 if h == 'lcpo' else 1) for base in ('ipo', 'simpo', 'cpo') for h in ('plain', 'induced', 'lcpo'))
+
+def _main(seeds): return _study(tuple(seeds), (_DPO, _FIVE, _SAME, _CALM), looks=_LOOKS)
+
+def _end(st, arm): "Reward at the end, [R]"; return st.J[st.at(arm), :, -1]
+
+def _at_kl(st, arms, kl):
+    "Reward [R] at a KL [R]: straight lines between the reference and the ends of `arms`, in the order of their KL"
+    rows = [st.at(a) for a in arms]
+    x, y = (torch.stack([v[0, :, 0], *(v[i, :, -1] for i in rows)], -1) for v in (st.kl, st.J))
+    return [np.interp(k, *xy) for k, *xy in zip(kl.tolist(), x.tolist(), y.tolist())]
+
+def _against(st, arms, other):
+    "Rewards of LCPO (the last of `arms` is the tuned one) and of the other: at their ends, and at the other's KL"
+    end = _end(st, other)
+    return {'tuned': (_end(st, arms[-1]), end), 'matched KL': (_at_kl(st, arms, st.kl[st.at(other), :, -1]), end)}
+
+def _better(pairs):
+    "Evidence of each seed from name -> rewards of LCPO and of the other, [R] each"
+    return [{k: compare(x[r], y[r], 'higher') for k, (x, y) in pairs.items()} for r in range(len(next(iter(pairs.values()))[0]))]
+
+def _auc(score, positive):
+    "Probability that a positive has the higher score than a negative; ties count half"
+    from scipy.stats import rankdata
+    y, n = positive.numpy(), int(positive.sum())
+    return (rankdata(score.numpy())[y].sum()-n*(n+1)/2)/(n*(len(y)-n))
+
+# %% ../../nbs/align/02_lcpo.ipynb #c797bf88
+def _estimates(st, arm, last=100): "Mean of the reliabilities over the last steps, [R, K]"; return st.eta[st.at(arm)][-last:].mean(0)
+
+@claim('lcpo.L4', kind='phenomenon', paper='the learnt reliabilities track the true ones', number='dashed lines on solid ones; 1 and 2 annotators', batched=True, scope=_SCOPE)
+def tracks_reliability(seeds):
+    "Five annotators, β = 0.3, one pass, mean of each estimate over the last 100 of 400 steps: the order of all five is right for every seed; the largest error of the five is below 0.1, by the interval over the seeds."
+    from scipy.stats import spearmanr
+    est = _estimates(_main(seeds), _CALM)
+    return [{'Spearman': exact(spearmanr(e, _RELIABLE).statistic, 1.), 'largest error': compare((e-torch.tensor(_RELIABLE)).abs().max(), .1, 'lower')} for e in est]
+
+@claim('lcpo.L5', kind='phenomenon', paper='suspicious labels get a low posterior', number='case studies', batched=True, scope=_SCOPE)
+def finds_wrong_labels(seeds):
+    "Posterior of a label when it is trained on, new to the policy, β = 0.3, last 100 of 400 steps: AUC for 'not flipped' above 0.8."
+    st = _main(seeds)
+    return [compare(_auc(st.w[st.at(_CALM)][-100:, r].flatten(), ~st.flipped[-100:, r].flatten()), .8, 'higher') for r in range(len(seeds))]
+
+@claim('lcpo.L6', kind='comparison', paper='LCPO improves DPO, several annotators', number='28.5 → 35.5 and 40.8 → 44.1 % LC win rate', batched=True, scope=_SCOPE)
+def improves_dpo(seeds):
+    "Exact expected reward after 400 steps, LCPO with five reliabilities against DPO: both at β = 0.3, as the paper compares; each at its tuned β; these two at matched KL."
+    st = _main(seeds)
+    return _better({'same β': (_end(st, _CALM), _end(st, _SAME)), **_against(st, (_CALM, _FIVE), _DPO)})
+
+# %% ../../nbs/align/02_lcpo.ipynb #24398fda
+def _fastest(f, times):
+    "Seconds of the fastest of some calls"
+    import time
+    best = math.inf
+    for _ in range(times):
+        t = time.perf_counter(); f(); best = min(best, time.perf_counter()-t)
+    return best
+
+def _extra(plain, logit):
+    "Seconds that LCPO adds to a step"
+    rel, k = AnnotatorReliability(50), torch.arange(8)
+    def ours():
+        s = logit(); w = label_posterior(s, rel(k))
+        lcpo_loss(s, w).backward(); rel.update(w, k)
+    return _fastest(ours, 50)-_fastest(lambda: plain().backward(), 50)
+
+def _llama_step(seed):
+    "Seconds of a forward and backward pass of 16 rows, and four log-probabilities [8]"
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(seed)
+    m = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4))
+    ids = torch.randint(256, (16, 64))
+    def step(): m(ids).logits.log_softmax(-1)[:, 32:].mean().backward()
+    return _fastest(step, 5), [(-50*torch.rand(8)).requires_grad_(i < 2) for i in range(4)]
+
+@claim('lcpo.L11', kind='cost', paper='the overhead is small', number='11 % on average, 32–40 % for SimPO', scope='Llama of 2 layers, width 128; one core')
+def overhead(seed):
+    "A step of 8 pairs of 64 tokens (forward, backward), and what LCPO adds to it: logit, posterior, loss with gradient and update, without the plain loss; best of many. Ratio at most 1.03 for DPO and for SimPO, whose two orders share one forward."
+    step, x = _llama_step(seed)
+    n = torch.full((8,), 32)
+    add = {'DPO': (lambda: dpo_loss(*x), lambda: dpo_logit(*x)), 'SimPO': (lambda: simpo_loss(*x[:2], n, n), lambda: simpo_logit(*x[:2], n, n))}
+    return {k: cost(step+max(_extra(*fs), 1e-9), step, at_most=1.03) for k, fs in add.items()}
+
+# %% ../../nbs/align/02_lcpo.ipynb #e9b7375f
+def _needs(*ids): return f"`paperbook verify lcpo --scale lab --only {','.join(ids)}`, some minutes on one core"
+def _alt(how): return _Arm(how, _BETA.get(how, _BETA['LCPO, K = 5']))
+_RIVALS = tuple(map(_alt, ('smooth', 'rdpo', 'holder')))
+_NAMES = 'label smoothing', 'rDPO, flip rate known', 'Hölder-DPO'
+
+def _five(seeds): return _study(tuple(seeds), (_FIVE, _CALM, _ONE, _ONE_CALM, _DPO, _alt('oracle'), *_RIVALS), looks=_LOOKS)
+def _one(seeds): return _study(tuple(seeds), (_ONE, _ONE_CALM, _DPO, *_RIVALS), true=(.7,), n=3000, looks=_LOOKS)
+def _rivals(st, arms): return _better({f'{n}, {where}': xy for rival, n in zip(_RIVALS, _NAMES) for where, xy in _against(st, arms, rival).items()})
+
+@claim('lcpo.L4a', kind='phenomenon', paper='with one annotator, too, the estimate tracks the truth', number='dashed lines on solid ones', batched=True, scope=_SCOPE, at='lab', needs=_needs('L4a'))
+def tracks_one(seeds):
+    "One annotator who is right with probability 0.7: error of the estimate (last 100 of 400 steps) below 0.1 after one pass over 25,600 pairs, and after 8 passes over 3,000."
+    arm = (_Arm('lcpo', .3),)
+    once, often = (_study(tuple(seeds), arm, true=(.7,), n=n, looks=(400,)) for n in (25_600, 3000))
+    return [{k: compare((_estimates(st, arm[0])[r, 0]-.7).abs(), .1, 'lower') for k, st in (('one pass', once), ('8 passes', often))} for r in range(len(seeds))]
+
+@claim('lcpo.L6a', kind='comparison', paper='LCPO improves DPO where annotators are unknown (K = 1)', number='as L6: the headline has K = 1', batched=True, scope=_SCOPE, at='lab', needs=_needs('L6a'))
+def improves_dpo_unknown(seeds):
+    "As L6, tuned and at matched KL, with one reliability for the labels of all five."
+    return _better(_against(_five(seeds), (_ONE_CALM, _ONE), _DPO))
+
+@claim('lcpo.L6b', kind='comparison', paper='LCPO improves DPO where annotators are unknown (K = 1), few labels', number='as L6', batched=True, scope=_SCOPE, at='lab', needs=_needs('L6b'))
+def improves_dpo_few(seeds):
+    "One annotator, right with probability 0.7; 3,000 pairs, 400 steps (8 passes); LCPO with one reliability against DPO, both at the β tuned on five annotators; at the end and at matched KL."
+    return _better(_against(_one(seeds), (_ONE_CALM, _ONE), _DPO))
+
+@claim('lcpo.L8', kind='comparison', paper='LCPO beats label smoothing, rDPO and Hölder-DPO; several annotators', number='44.1 against 41.3, 37.3, 39.3 % LC (Llama)', batched=True, scope=_SCOPE, at='lab', needs=_needs('L8'))
+def beats_others(seeds):
+    "Five annotators, one pass, each method at its tuned β; label smoothing and rDPO know the true share of flipped labels, 0.29; at the end and at matched KL."
+    return _rivals(_five(seeds), (_CALM, _FIVE))
+
+@claim('lcpo.L8a', kind='comparison', paper='the same where annotators are unknown (K = 1)', number='as L8', batched=True, scope=_SCOPE, at='lab', needs=_needs('L8a'))
+def beats_others_unknown(seeds):
+    "As L6b against label smoothing and rDPO, which know the flip rate 0.3, and Hölder-DPO, all with the β that was tuned on five annotators; at the end and at matched KL."
+    return _rivals(_one(seeds), (_ONE_CALM, _ONE))
+
+# %% ../../nbs/align/02_lcpo.ipynb #0185cf65
+def _general(seeds): return _study(tuple(seeds), _OTHERS+_PAIR, steps=200, looks=(200,))
+def _second(gains): "Second smallest of the gains of each seed, from [losses, R]"; return torch.stack(gains).sort(0).values[1]
+
+@claim('lcpo.L7', kind='comparison', paper='it improves any preference loss: IPO, SimPO, CPO too', number='IPO 43.6 → 48.3 % LC; SimPO and CPO mixed', batched=True, scope=_SCOPE, at='lab', needs=_needs('L7,L7a'))
+def improves_others(seeds):
+    "Five reliabilities, 200 steps, each loss with and without LCPO at its tuned β, exact expected reward: a gain in at least three of four losses, that is, the second smallest of the four gains of a seed is above 0."
+    st = _general(seeds)
+    return [compare(v, 0., 'higher') for v in _second([_end(st, l)-_end(st, p) for p, l in (_PAIR, *zip(_OTHERS[::3], _OTHERS[2::3]))])]
+
+@claim('lcpo.L7a', kind='control', paper='the gain of L7 comes from the posteriors', number='not tested in the paper', batched=True, scope=_SCOPE, at='lab', needs=_needs('L7,L7a'))
+def improves_by_doubt(seeds):
+    "As L7, against LCPO's own loss with w = 1, tuned: a gain in at least two of IPO, SimPO and CPO, that is, the second smallest of the three gains of a seed is above 0."
+    st = _general(seeds)
+    return [compare(v, 0., 'higher') for v in _second([_end(st, l)-_end(st, q) for q, l in zip(_OTHERS[1::3], _OTHERS[2::3])])]
+@claim('lcpo.L8b', kind='control', paper='learnt reliabilities do as well as known ones', number='not tested in the paper', batched=True, scope=_SCOPE, at='lab', needs=_needs('L8b'))
+def learnt_as_known(seeds):
+    "Five annotators, one pass: the reward of LCPO is within 0.1 of that with the true reliabilities from the first step."
+    st = _five(seeds)
+    return [compare(a, b, 'higher', within=.1) for a, b in zip(_end(st, _FIVE), _end(st, _alt('oracle')))]
+
+# %% ../../nbs/align/02_lcpo.ipynb #af9077c8
+_MOMENTA, _INITS = (.001, .01, .1, .5, 1.), (.55, .75, .9, .99)
+
+def _sweep(seeds):
+    "Rewards after 200 steps by momentum and by start, [R] each"
+    b = _BETA['LCPO, K = 5']
+    arms = {('a', a): _Arm('lcpo', b, K=5, a=a) for a in _MOMENTA} | {('eta0', e): _Arm('lcpo', b, K=5, eta0=e) for e in _INITS}
+    st = _study(tuple(seeds), tuple(dict.fromkeys(arms.values())), steps=200, looks=(200,))
+    return {k: _end(st, a) for k, a in arms.items()}
+
+@claim('lcpo.L9', kind='phenomenon', paper='a momentum between the extremes is best', number='a = 0.001, 0.01, 0.1, 0.5, 1: LC 30.9, 30.1, 35.5, 33.4, 31.1', batched=True, scope=_SCOPE, at='lab', needs=_needs('L9'))
+def best_momentum(seeds):
+    "Five annotators, 200 steps: the reward with the paper's a = 0.1 is above those with 0.001 and with 1."
+    J = _sweep(seeds)
+    return [{f'0.1 against {a:g}': compare(J['a', .1][r], J['a', a][r], 'higher') for a in (.001, 1.)} for r in range(len(seeds))]
+
+@claim('lcpo.L9a', kind='phenomenon', paper='a start between the extremes is best', number='η₀ = 0.55, 0.75, 0.9, 0.99: LC 31.4, 31.1, 35.5, 30.9', batched=True, scope=_SCOPE, at='lab', needs=_needs('L9a'))
+def best_start(seeds):
+    "Five annotators, 200 steps: the reward with the paper's η₀ = 0.9 is above those with 0.55 and with 0.99."
+    J = _sweep(seeds)
+    return [{f'0.9 against {e:g}': compare(J['eta0', .9][r], J['eta0', e][r], 'higher') for e in (.55, .99)} for r in range(len(seeds))]
+
+@claim('lcpo.L10', kind='comparison', paper='up to 7 points on AlpacaEval 2 and Arena-Hard', number='28.5 → 35.5 % LC (Mistral-7B)', scope='not the paper\'s models', at='lab', needs='the 7B and 8B models, UltraFeedback, a judge model and 8 GPUs for 2 hours; "At full scale" has the settings')
+def win_rates(seed):
+    "Not possible here; L6 asks the same question on the bench."
+    raise NotImplementedError("L10 needs 7B models, UltraFeedback and a judge model: train with LCPOTrainer, then run AlpacaEval 2 and Arena-Hard")
+
+# %% ../../nbs/align/02_lcpo.ipynb #34c22c8d
+@figure('lcpo', 'theorem')
+def fig_theorem():
+    "Left: T(η) for a true reliability of 0.8 crosses the diagonal there, rising from above it on the left to below it on the right; stairs from 0.5 and from 0.99 lead to the crossing. Right: the log-likelihood of three reliabilities, each a hill with its top at the truth."
+    from paperbook.core.plots import subplots, COLORS
+    fig, (ax, bx) = subplots(1, 2, width=7.5, height=3)
+    grid = torch.linspace(.02, .98, 97, dtype=torch.float64)
+    ax.plot(grid, [_population(.8, e)[0] for e in grid], label='T(η), truth 0.8'); ax.plot([0, 1], [0, 1], 'k', lw=.8)
+    for start, c in ((.5001, 'vermillion'), (.99, 'green')):
+        eta, path = torch.tensor(start, dtype=torch.float64), []
+        for _ in range(12): new = _population(.8, eta)[0]; path += [(eta, eta), (eta, new)]; eta = new
+        ax.plot(*zip(*path), color=COLORS[c], lw=1, label=f'EM from {start:.2g}')
+    ax.set(xlabel='reliability η', ylabel='mean posterior T(η)', xlim=(.4, 1), ylim=(.4, 1), title='Every start leads to the truth'); ax.legend()
+    for star, ls in zip(_STARS, ('-', '--', ':')):
+        ll = torch.stack([_population(star, e)[1] for e in grid])
+        bx.plot(grid, ll-ll.max(), ls, label=f'truth {star}'); bx.plot(star, 0, 'k.')
+    bx.set(xlabel='reliability η', ylabel='log-likelihood a label (nats, of the top)', ylim=(-.3, .02), title='One hill each'); bx.legend()
+    return fig
+
+# %% ../../nbs/align/02_lcpo.ipynb #0bb122dc
+def _fresh():
+    from paperbook.core.settings import settings
+    return tuple(settings.seeds)
+
+@lru_cache
+def _often(seed=0): "20 passes over 960 pairs"; return _study((seed,), (_SAME, _ONE_CALM, _CALM), n=960, steps=300, looks=(0, 30, 100, 200, 300))
+
+@figure('lcpo', 'reliabilities')
+def fig_reliabilities():
+    "Two panels of estimates against the step, five lines each, with dotted lines at the true values. Left, one pass: the lines fan out and settle near the dotted lines, the upper ones a little above. Right, twenty passes over 960 pairs: all lines but the lowest drift up."
+    from paperbook.core.plots import subplots, band, COLORS
+    fig, axs = subplots(1, 2, width=7.5, height=3.2, sharey=True)
+    one, many = _main(_fresh()), _often()
+    for ax, st, title in ((axs[0], one, 'One pass: near the truth'), (axs[1], many, 'Twenty passes over 960 pairs')):
+        y = st.eta[st.at(_CALM)]
+        for k, (c, true) in enumerate(zip(('blue', 'orange', 'green', 'vermillion', 'purple'), _RELIABLE)):
+            band(ax, range(len(y)), y[:, :, k].T, label=f'true {true}', color=COLORS[c], lw=1.1); ax.axhline(true, color=COLORS[c], ls=':', lw=1)
+        ax.set(xlabel='step', title=title)
+    axs[0].set_ylabel('reliability (dotted: true)'); axs[0].legend(loc='lower left', fontsize=7)
+    return fig
+
+@figure('lcpo', 'posteriors')
+def fig_posteriors():
+    "Three histograms of the posterior w, for right and for flipped labels, at three times. Before the first steps both lie at the annotators' prior of 0.9; later the right ones gather near 1 and the flipped ones spread towards 0."
+    from paperbook.core.plots import subplots, COLORS
+    st = _main(_fresh())
+    fig, axs = subplots(1, 3, width=8, height=2.6, sharey=True)
+    for ax, (a, b) in zip(axs, ((0, 10), (40, 100), (300, 400))):
+        w, f = st.w[st.at(_CALM)][a:b].flatten(), st.flipped[a:b].flatten()
+        for m, c, ls, n in ((~f, 'blue', '-', 'right'), (f, 'vermillion', '--', 'flipped')):
+            h, e = np.histogram(w[m], np.linspace(0, 1, 26)); ax.stairs(100*h/h.sum(), e, color=COLORS[c], ls=ls, label=n)
+        ax.set(xlabel='posterior w', title=f'steps {a} to {b}: AUC {_auc(w, ~f):.2f}')
+    axs[0].set_ylabel('share of labels (%)'); axs[0].legend(loc='upper left')
+    return fig
+
+# %% ../../nbs/align/02_lcpo.ipynb #49196fa6
+@figure('lcpo', 'rewards')
+def fig_rewards():
+    "Left: exact reward against KL after training, a dot a seed, for DPO and LCPO at two values of β; LCPO's line is above DPO's, both below the dashed best frontier. Right: recorded gains of LCPO, a dot a seed: over DPO at the same β, tuned, and at matched KL; and over its rivals."
+    from paperbook.core.plots import subplots, COLORS
+    from paperbook.align.bench import frontier
+    from paperbook.core.claims import recorded
+    seeds = _fresh(); st = _main(seeds)
+    fig, (ax, bx) = subplots(1, 2, width=7.5, height=3.2, width_ratios=[1.1, 1])
+    for arms, c, m, n in (((_SAME, _DPO), 'black', 'o', 'DPO'), ((_CALM, _FIVE), 'blue', '^', 'LCPO, K = 5')):
+        x, y = (torch.stack([v[0, :, 0], *(v[st.at(a), :, -1] for a in arms)]) for v in (st.kl, st.J))
+        ax.plot(x.mean(1), y.mean(1), color=COLORS[c], label=f'{n}, β = 0.3 and {arms[1].beta:g}'); ax.plot(x[1:].flatten(), y[1:].flatten(), m, ms=4, color=COLORS[c])
+    space, _, ref_logp, reward = _bench(seeds)
+    f = frontier(space, ref_logp, reward, (.25, .35, .5, .7, 1., 1.5, 3., 30.))
+    ax.plot(f.kl.mean(0), f.J.mean(0), 'k--', lw=.8, label='best possible')
+    ax.set(xlabel='KL from the reference (nats a response)', ylabel='expected true reward', title='More reward for the same KL'); ax.legend(loc='lower right', fontsize=7)
+    rec, rows = recorded('lcpo'), []
+    for claim, part, n in (('L6', 'same β', 'DPO, same β'), ('L6', 'tuned', 'DPO'), ('L6', 'matched KL', 'DPO, same KL'), ('L8', 'rDPO, flip rate known, tuned', 'rDPO'), ('L8', 'label smoothing, tuned', 'smoothing'), ('L8', 'Hölder-DPO, tuned', 'Hölder')):
+        if f'lcpo.{claim}' in rec: rows.append((n, [e.values[0]-e.values[1] for e in rec[f'lcpo.{claim}'].evidence()[part]]))
+    for y, (n, v) in enumerate(reversed(rows)): bx.plot(v, [y]*len(v), 'o', ms=4, alpha=.6, color=COLORS['blue'])
+    bx.axvline(0, color='k', lw=.8); bx.set(yticks=range(len(rows)), yticklabels=[n for n, _ in reversed(rows)], xlabel='gain in expected reward of LCPO, K = 5', title='As recorded, a dot a seed')
+    return fig
