@@ -318,7 +318,7 @@ def LCPOTrainer(
 
     `loss_type` may be 'sigmoid' (DPO) or 'ipo'. Raises `ImportError` without TRL, `ValueError` for options of TRL that change the loss in other ways."""
     try: from trl import DPOConfig
-    except ImportError: raise ImportError("LCPOTrainer needs TRL: pip install 'paperbook[hf]'; without it, use LCPO") from None
+    except ImportError: raise ImportError("LCPOTrainer needs TRL: pip install trl; without it, use LCPO") from None
     import copy
     given = list(args)
     conf = copy.copy((given[2] if len(given) > 2 else kwargs.get('args')) or DPOConfig())
