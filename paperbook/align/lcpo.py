@@ -232,7 +232,7 @@ def em_fit(
     p,              # [N]: probability of each label under the policy, σ(s)
     annotator=None, # [N] int64; by default one
     init=.9,        # reliability to start from
-    iters=200
+    iters=200       # rounds at most; it stops where nothing moves any more
 ) -> tuple:         # reliabilities [K], posteriors [N]
     "EM for the reliabilities alone, on all labels (section 4 of the paper; Theorem 4.1). An annotator without labels keeps `init`. Raises `ValueError` for bad values."
     p, = _wide(p=p)
@@ -242,12 +242,13 @@ def em_fit(
     k = torch.zeros(len(p), dtype=torch.int64, device=p.device) if annotator is None else annotator
     if not torch.is_tensor(k) or k.shape != p.shape or k.is_floating_point() or (k < 0).any(): raise ValueError(f"annotator must be [{len(p)}] whole numbers of at least 0")
     n = torch.bincount(k).to(p.dtype)
-    eta = torch.full_like(n, init)
+    eta, d, moved = torch.full_like(n, init), 2*p-1, True
     for i in range(iters+1):
         e = eta[k]
-        w = p*e/(p*e+(1-p)*(1-e))
-        if i < iters: eta = torch.where(n > 0, torch.zeros_like(n).scatter_add(0, k, w)/n.clamp_min(1), eta)
-    return eta, w
+        w = p*e/(1-p+e*d)
+        if i == iters or not moved: return eta, w
+        new = torch.where(n > 0, torch.zeros_like(n).scatter_add(0, k, w)/n.clamp_min(1), eta)
+        moved, eta = (new-eta).abs().max() > 10*torch.finfo(n.dtype).eps, new
 
 # %% ../../nbs/align/02_lcpo.ipynb #860b7ca6
 class _Annotated:
@@ -499,7 +500,7 @@ def recovers_reliability(seed):
         z.append((est-star)*info.sqrt()); ends.append(est-est[0])
         for start in _STARTS:
             eta = torch.tensor(start, dtype=torch.float64)
-            for _ in range(300): eta = _population(star, eta)[0]
+            for _ in range(100): eta = _population(star, eta)[0]
             fixed.append(eta-star)
         for v in torch.linspace(.02, .98, 25, dtype=torch.float64):
             v = v.clone().requires_grad_()
