@@ -200,3 +200,18 @@ def test_trl_options(tiny, tmp_path):
     with pytest.raises(ValueError, match="column 'annotator'"): make(plain, AnnotatorReliability(3)).train()
     t = make(plain, loss_type='ipo', max_steps=2, gradient_accumulation_steps=2)
     t.train(); assert t.reliability.count.item() == 16 and t.reliability.steps == 2
+
+def test_on_the_books_gpt():
+    transformers = pytest.importorskip('transformers')
+    from paperbook.core.zoo import model_path
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path())
+    ids, k = torch.randint(2, 1024, (8, 10)), torch.arange(4) % 2
+    mask = torch.ones_like(ids); mask[:, :3] = 0
+    logps = lambda: response_logps(model, ids, mask).sum(1).chunk(2)
+    with torch.no_grad(): ref = logps()
+    lcpo, opt, losses = LCPO(partial(dpo_loss, beta=.1), AnnotatorReliability(2)), torch.optim.AdamW(model.parameters(), lr=1e-4), []
+    for _ in range(4):
+        loss, _ = lcpo(named((*logps(), *ref)), k)
+        opt.zero_grad(); loss.backward(); opt.step(); lcpo.update(); losses.append(loss.item())
+    assert losses[-1] < losses[0] and (lcpo.reliability.eta != .9).all() and lcpo.reliability.count.tolist() == [8, 8]
