@@ -776,7 +776,7 @@ def fig_posteriors():
 # %% ../../nbs/align/02_lcpo.ipynb #49196fa6
 @figure('lcpo', 'rewards')
 def fig_rewards():
-    "Left: exact reward against KL after training, a dot a seed, for DPO and LCPO at two values of β; LCPO's line is above DPO's, both below the dashed best frontier. Right: recorded gains of LCPO, a dot a seed: over DPO at the same β, tuned, and at matched KL; and over its rivals."
+    "Left: exact reward against KL after training, a dot a seed, for DPO and LCPO at two values of β; LCPO's ends are above DPO's line, both below the dashed best frontier. Right: recorded gains of LCPO, a dot a seed: over DPO at the same β, tuned, and at matched KL; and over its rivals."
     from paperbook.core.plots import subplots, COLORS
     from paperbook.align.bench import frontier
     from paperbook.core.claims import recorded
