@@ -8,7 +8,7 @@ Docs: https://paperbook.github.io/paperbook/nbs/align/madpo.html.md"""
 __all__ = ['margin_coefficient', 'madpo_weight', 'effective_target_margin', 'madpo_loss', 'precompute_margins', 'kfold_margins',
            'BetaDPO', 'madpo_trainer', 'MADPOCallback']
 
-# %% ../../nbs/align/03_madpo.ipynb #813b7594
+# %% ../../nbs/align/03_madpo.ipynb #c03de588
 import math, time
 from dataclasses import fields, replace
 from functools import lru_cache, partial
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from ..core.claims import claim, figure, exact, bound, compare, predict, cost
 from .preferences import RewardModel, bradley_terry_loss, dpo_loss, ipo_loss, response_logps, reward_margin, _inspects, _reduce, _rows
-from .bench import PrefSpace, Pairs, at_matched_kl, copies, expected, generators, gold, make_pairs, reference, reward_table, train_pairs, train_reward, tree_logp
+from .bench import PrefSpace, Pairs, at_matched_kl, copies, expected, frontier, generators, gold, make_pairs, reference, reward_table, train_pairs, train_reward, tree_logp
 
 # %% ../../nbs/align/03_madpo.ipynb #5dc9b477
 TAU = math.log(.999/.001)   # the official code's: a label that is right in 999 of 1,000 cases
@@ -369,7 +369,7 @@ def robust(seed):
 
 def _pull(m): "log w(m) - log w(-m): what an estimated margin adds to the target"; return _log_weight(m, 'winner', 2., None, 1., TAU)-_log_weight(-m, 'winner', 2., None, 1., TAU)
 
-# %% ../../nbs/align/03_madpo.ipynb #d789e73b
+# %% ../../nbs/align/03_madpo.ipynb #25e87e1c
 _TIERS = dict(high=0., medium=.5, low=1.)   # share of off-policy pairs
 
 @lru_cache
@@ -381,14 +381,13 @@ def _together(ps):
     return Pairs(*(torch.cat([getattr(p, f.name) for p in ps]) for f in fields(Pairs) if f.name != 'seeds'), seeds=sum((p.seeds for p in ps), ()))
 
 @lru_cache
-def _data(seeds):
-    "Reference, its log-probabilities, and for each tier pairs with true rewards and with those of a reward model"
+def _data(seeds, tier='high'):
+    "Reference, its log-probabilities, and pairs with true rewards and with those of a reward model"
     (s, r), run = _space(), torch.arange(len(seeds))[:, None]
     ref = reference(s, seeds); lp = tree_logp(ref)
-    true = {t: make_pairs(s, lp, r, 3000, seeds, off_policy=o) for t, o in _TIERS.items()}
-    tables = reward_table(train_reward(s, _together(true.values()))).chunk(len(true))
-    learnt = {t: replace(p, reward_chosen=q[run, p.prompt, p.chosen], reward_rejected=q[run, p.prompt, p.rejected]) for (t, p), q in zip(true.items(), tables)}
-    return ref, lp, true, learnt
+    true = make_pairs(s, lp, r, 3000, seeds, off_policy=_TIERS[tier])
+    q = reward_table(train_reward(s, true))
+    return ref, lp, true, replace(true, reward_chosen=q[run, true.prompt, true.chosen], reward_rejected=q[run, true.prompt, true.rejected])
 
 def _margin(b): return b.reward_chosen-b.reward_rejected
 
@@ -397,100 +396,118 @@ def _noisy(pairs, sd):
     e = torch.stack([torch.randn(len(pairs), generator=torch.Generator().manual_seed(7000+q)) for q in pairs.seeds])
     return replace(pairs, reward_chosen=pairs.reward_chosen+sd*e)
 
-# %% ../../nbs/align/03_madpo.ipynb #74bf99b1
+# %% ../../nbs/align/03_madpo.ipynb #68ac8c7d
 def _loss_of(method, beta, seeds):
-    "A loss (policy_chosen, policy_rejected, pairs) -> [R]"
+    "A loss (policy_chosen, policy_rejected, pairs) -> [R]; a function is taken as it is"
+    if callable(method): return method
     if method == 'MADPO': return lambda w, l, b: madpo_loss(w, l, b.ref_chosen, b.ref_rejected, _margin(b), beta)
     f = dict(DPO=partial(dpo_loss, beta=beta), IPO=partial(ipo_loss, beta=beta)).get(method) or BetaDPO(beta, generator=generators(seeds))
     return lambda w, l, b: f(w, l, b.ref_chosen, b.ref_rejected)
 
-def _train(seeds, plan, every=None):
-    "Train a plan, name -> (method, β, learning rate, pairs), as one stack: name -> J and KL, each [R, looks]"
+def _train(seeds, plan):
+    "Train a plan, name -> (method, β, learning rate, pairs), as one stack: name -> J and KL at the end, each [R]"
     (_, r), (ref, lp, *_), R, n = _space(), _data(seeds), len(seeds), len(plan)
     fs = [_loss_of(method, beta, seeds) for method, beta, *_ in plan.values()]
     model, pairs = copies(ref, n), _together(p for *_, p in plan.values())
     def loss(w, l, b): return torch.cat([f(x, y, b._map(lambda v: v[i*R:i*R+R])) for i, (f, x, y) in enumerate(zip(fs, w.split(R), l.split(R)))])
-    def look(t):
-        with torch.no_grad(): q = tree_logp(model)
-        return expected(q, r), expected(q, q-lp.repeat(n, 1, 1))
-    lr = torch.tensor([o[2] for o in plan.values()]).repeat_interleave(R)
-    seen = train_pairs(model, pairs, loss, 200, 64, lr=lr, look=look, every=every)[1]
-    J, kl = (torch.stack(v, -1).split(R) for v in zip(*seen))
-    return {k: (a, b) for k, a, b in zip(plan, J, kl)}
+    train_pairs(model, pairs, loss, 200, 64, lr=torch.tensor([o[2] for o in plan.values()]).repeat_interleave(R))
+    with torch.no_grad(): q = tree_logp(model)
+    return dict(zip(plan, zip(expected(q, r).split(R), expected(q, q-lp.repeat(n, 1, 1)).split(R))))
 
-# %% ../../nbs/align/03_madpo.ipynb #add5e697
+# %% ../../nbs/align/03_madpo.ipynb #68eec4e5
 _BETA, _LR = .3, 3e-3
-_TUNED = {'DPO': (.1, 6e-3), 'IPO': (.03, 6e-3), 'β-DPO': (.1, 6e-3), 'MADPO': (.1, 6e-3)}   # β and learning rate, the best of 15 settings each
+_TUNED = {'DPO': (.1, .01), 'IPO': (.03, 6e-3), 'β-DPO': (.1, 6e-3), 'MADPO': (.1, .01)}   # β and learning rate: the best of 16 settings each
+
+_BETAS, _LEVEL = {'IPO': (.3, .08, .03), 'DPO': (.6, .3, .15), 'β-DPO': (.6, .3, .15), 'MADPO': (.8, .5, .3)}, 1.8
 
 @lru_cache
-def _paths(seeds):
-    "The methods with one β and one learning rate, with J and KL every 25 steps"
-    true, learnt = (d['high'] for d in _data(seeds)[2:])
-    return _train(seeds, {'IPO': ('IPO', _BETA, _LR, true), 'DPO': ('DPO', _BETA, _LR, true), 'DPO, β/2': ('DPO', _BETA/2, _LR, true), 'β-DPO': ('β-DPO', _BETA, _LR, true),
-                          'MADPO': ('MADPO', _BETA, _LR, learnt), 'MADPO, true margins': ('MADPO', _BETA, _LR, true)}, every=25)
+def _runs(seeds):
+    "Methods with several β, and noisy margins: J and KL at the end, each [R]"
+    pairs = _data(seeds)[3]
+    return _train(seeds, {(k, b): (k, b, _LR, pairs) for k, bs in _BETAS.items() for b in bs} | {'noise': ('MADPO', _BETA, _LR, _noisy(pairs, 3.))})
 
 @lru_cache
-def _finals(seeds):
-    "Tuned methods, noisy margins, and worse data: J and KL at the end"
-    true, learnt = _data(seeds)[2:]
-    plan = {f'{k}, tuned': (k, *o, learnt['high']) for k, o in _TUNED.items()} | {'noise': ('MADPO', _BETA, _LR, _noisy(learnt['high'], 3.))}
-    return _train(seeds, plan | {f'{k}, {t}': (k, _BETA, _LR, learnt[t]) for k in ('DPO', 'MADPO') for t in ('medium', 'low')})
+def _lab_runs(seeds):
+    "The tuned methods, true margins, and the tiers: J and KL at the end, each [R]"
+    true, pairs = _data(seeds)[2:]
+    plan = {k: (k, *o, pairs) for k, o in _TUNED.items()} | {'true': ('MADPO', _BETA, _LR, true)}
+    return _train(seeds, plan | {(k, t): (k, _BETA, _LR, _data(seeds, t)[3]) for k in ('DPO', 'MADPO') for t in _TIERS})
 
-def _J(seeds, name): J = (_paths if name in _paths(seeds) else _finals)(seeds)[name][0]; return J[:, -1]
-def _KL(seeds, name): return _paths(seeds)[name][1][:, -1]
+def _J(seeds, name, beta=_BETA): return _runs(seeds)[name if name == 'noise' else (name, beta)][0]
+def _KL(seeds, name, beta=_BETA): return _runs(seeds)[name, beta][1]
 
-def _at_equal_kl(seeds, a, b):
-    "J of two methods at 90 % of the smaller of their last KLs, for each seed"
-    (Ja, ka), (Jb, kb) = _paths(seeds)[a], _paths(seeds)[b]
-    at = .9*torch.minimum(ka[:, -1], kb[:, -1])
-    return [[at_matched_kl(k[i], J[i], at[i]) for J, k in ((Ja, ka), (Jb, kb))] for i in range(len(seeds))]
+def _path(seeds, name):
+    "J and KL for the β of a method, each [R, β]"
+    return [torch.stack([_runs(seeds)[name, b][i] for b in _BETAS[name]], -1) for i in (0, 1)]
 
-# %% ../../nbs/align/03_madpo.ipynb #2aaeb4a7
+def _at_equal_kl(seeds, name): J, kl = _path(seeds, name); return at_matched_kl(kl, J, _LEVEL)
+
+# %% ../../nbs/align/03_madpo.ipynb #83125a37
 _SCOPE = 'the bench: GRUs of 13,000 weights, 3,000 pairs, 200 steps'
 _RIVALS = ('DPO', 'IPO', 'β-DPO')
+
+def _against(ours, theirs, **kw):
+    "One evidence a seed: ours [R] against each of theirs, name -> [R]"
+    return [{k: compare(ours[i], v[i], **kw) for k, v in theirs.items()} for i in range(len(ours))]
 
 @claim('madpo.M6', kind='comparison', paper='higher reward than DPO, IPO and β-DPO', number='mean reward 2.23 against 1.62 (DPO), 0.35 (IPO), 1.67 (β-DPO), on high-quality data', batched=True, scope=_SCOPE)
 def beats(seeds):
     "One β (0.3) and learning rate for all: exact expected reward after 200 steps, paired by seed."
     S = tuple(seeds)
-    return [{k: compare(a, b, better='higher') for k, b in zip(_RIVALS, row)} for a, *row in zip(_J(S, 'MADPO'), *(_J(S, k) for k in _RIVALS))]
-
-@claim('madpo.M6a', kind='comparison', paper='higher reward than DPO, IPO and β-DPO, each tuned', number='the paper does not tune', batched=True, scope=_SCOPE)
-def beats_tuned(seeds):
-    "As M6; each method with the best of 15 settings of β and learning rate, by J on three other seeds."
-    S = tuple(seeds)
-    return [{k: compare(a, b, better='higher') for k, b in zip(_RIVALS, row)} for a, *row in zip(_J(S, 'MADPO, tuned'), *(_J(S, f'{k}, tuned') for k in _RIVALS))]
+    return _against(_J(S, 'MADPO'), {k: _J(S, k) for k in _RIVALS}, better='higher')
 
 @claim('madpo.M6b', kind='comparison', paper='among the baselines: β-DPO over DPO over IPO', number='1.67, 1.62, 0.35', batched=True, scope=_SCOPE)
 def order_of_baselines(seeds):
     "As M6: J of β-DPO over DPO, and of DPO over IPO."
-    S = tuple(seeds)
-    return [{'β-DPO, DPO': compare(a, b, better='higher'), 'DPO, IPO': compare(b, c, better='higher')} for a, b, c in zip(_J(S, 'β-DPO'), _J(S, 'DPO'), _J(S, 'IPO'))]
+    b, d, i = (_J(tuple(seeds), k) for k in ('β-DPO', 'DPO', 'IPO'))
+    return [{'β-DPO, DPO': compare(x, y, better='higher'), 'DPO, IPO': compare(y, z, better='higher')} for x, y, z in zip(b, d, i)]
 
 @claim('madpo.M7', kind='comparison', paper='the gain is not only a smaller β', number='not in the paper', batched=True, scope=_SCOPE)
 def not_a_smaller_beta(seeds):
-    "J of MADPO against DPO with β/2, at 90 % of the smaller of the two last KLs, interpolated along training."
-    return [compare(a, b, better='higher') for a, b in _at_equal_kl(tuple(seeds), 'MADPO', 'DPO, β/2')]
+    "J at a KL of 1.8 nats along β, MADPO (0.8, 0.5, 0.3) against DPO (0.6, 0.3, 0.15)."
+    return [compare(a, b, better='higher') for a, b in zip(*(_at_equal_kl(tuple(seeds), k) for k in ('MADPO', 'DPO')))]
 
-@claim('madpo.M7a', kind='comparison', paper='at the same KL the reward is higher than with the baselines', number='not in the paper', batched=True, scope=_SCOPE)
+@claim('madpo.M7a', kind='comparison', paper='at the same KL the reward is higher than with IPO and β-DPO', number='not in the paper', batched=True, scope=_SCOPE)
 def at_equal_kl(seeds):
-    "As M7 against DPO, IPO and β-DPO with the same β."
-    rows = {k: _at_equal_kl(tuple(seeds), 'MADPO', k) for k in _RIVALS}
-    return [{k: compare(*v[i], better='higher') for k, v in rows.items()} for i in range(len(seeds))]
+    "As M7 against IPO (β 0.3, 0.08, 0.03) and β-DPO (0.6, 0.3, 0.15)."
+    S = tuple(seeds)
+    return _against(_at_equal_kl(S, 'MADPO'), {k: _at_equal_kl(S, k) for k in ('IPO', 'β-DPO')}, better='higher')
 
-# %% ../../nbs/align/03_madpo.ipynb #37e898d9
+@claim('madpo.M7b', kind='comparison', paper='as good as DPO with β/2, at a lower KL', number='not in the paper', batched=True, scope=_SCOPE)
+def half_beta(seeds):
+    "MADPO with β = 0.3 against DPO with 0.15 after 200 steps: J within 0.1, and a lower KL."
+    S = tuple(seeds)
+    both = [f(S, *o) for f in (_J, _KL) for o in (('MADPO', .3), ('DPO', .15))]
+    return [{'J': compare(a, b, better='higher', within=.1), 'KL': compare(c, d, better='lower')} for a, b, c, d in zip(*both)]
+
+# %% ../../nbs/align/03_madpo.ipynb #7afbc89c
+_LAB = dict(at='lab', needs='`paperbook verify madpo --scale lab`, two minutes on one core')
+
+@claim('madpo.M6a', kind='comparison', paper='higher reward than DPO, IPO and β-DPO, each at its best', number='the paper does not tune', batched=True, scope=_SCOPE, **_LAB)
+def beats_tuned(seeds):
+    "As M6; each method with the best of 16 settings of β and learning rate, by J on three other seeds."
+    o = _lab_runs(tuple(seeds))
+    return _against(o['MADPO'][0], {k: o[k][0] for k in _RIVALS}, better='higher')
+
+@claim('madpo.M6c', kind='control', paper='a perfect reward model would help', number='not in the paper', batched=True, scope=_SCOPE, **_LAB)
+def true_margins(seeds):
+    "As M6: J of MADPO with the true margins against that with the reward model's."
+    o = _lab_runs(tuple(seeds))
+    return [compare(a, b, better='higher') for a, b in zip(o['true'][0], o['MADPO', 'high'][0])]
+
+# %% ../../nbs/align/03_madpo.ipynb #425b4e35
 @claim('madpo.M5a', kind='comparison', paper='robust to errors of the reward model', batched=True, scope=_SCOPE)
 def robust_reward(seeds):
     "MADPO with noise N(0, 3²) on the margins, twice their spread: J within 0.1 of that with the reward model's margins."
     S = tuple(seeds)
     return [compare(a, b, better='higher', within=.1) for a, b in zip(_J(S, 'noise'), _J(S, 'MADPO'))]
 
-@claim('madpo.M8', kind='comparison', paper='stable as the data get worse: loses less than DPO', number='from 2.23 to 1.95 (low); DPO from 1.62 to 1.48', batched=True, scope=_SCOPE)
+@claim('madpo.M8', kind='comparison', paper='stable as the data get worse: loses less than DPO', number='from 2.23 to 1.95 (low); DPO from 1.62 to 1.48', batched=True, scope=_SCOPE, **_LAB)
 def data_quality(seeds):
     "J on high-quality pairs minus J on medium and on low ones: smaller for MADPO than for DPO."
-    S = tuple(seeds)
-    drop = {(k, t): _J(S, k)-_J(S, f'{k}, {t}') for k in ('MADPO', 'DPO') for t in ('medium', 'low')}
-    return [{t: compare(drop['MADPO', t][i], drop['DPO', t][i], better='lower') for t in ('medium', 'low')} for i in range(len(S))]
+    o = _lab_runs(tuple(seeds))
+    drop = {(k, t): o[k, 'high'][0]-o[k, t][0] for k in ('MADPO', 'DPO') for t in ('medium', 'low')}
+    return [{t: compare(drop['MADPO', t][i], drop['DPO', t][i], better='lower') for t in ('medium', 'low')} for i in range(len(seeds))]
 
 @claim('madpo.M9', kind='phenomenon', paper='β-DPO may reverse its loss and drops pairs; MADPO does neither')
 def no_reversal(seed):
@@ -505,8 +522,8 @@ def no_reversal(seed):
 @claim('madpo.M10', kind='phenomenon', paper='IPO is too conservative', number='0.35, close to the reference', batched=True, scope=_SCOPE)
 def conservative(seeds):
     "As M6: IPO's KL to the reference is smaller than that of DPO, β-DPO and MADPO."
-    S, others = tuple(seeds), ('DPO', 'β-DPO', 'MADPO')
-    return [{k: compare(a, b, better='lower') for k, b in zip(others, row)} for a, *row in zip(_KL(S, 'IPO'), *(_KL(S, k) for k in others))]
+    S = tuple(seeds)
+    return _against(_KL(S, 'IPO'), {k: _KL(S, k) for k in ('DPO', 'β-DPO', 'MADPO')}, better='lower')
 
 # %% ../../nbs/align/03_madpo.ipynb #14245c85
 def _fastest(f, n):
@@ -528,3 +545,56 @@ def overhead(seed):
     def loss(f, *x): return lambda: f(*a, *x).backward()
     s, ours, theirs = _fastest(step, 4), _fastest(loss(madpo_loss, m), 100), _fastest(loss(dpo_loss), 100)
     return cost(s+ours-theirs, s, at_most=1.01)
+
+# %% ../../nbs/align/03_madpo.ipynb #02075d25
+@figure('madpo', 'shapes')
+def fig_shapes():
+    "Left: the coefficient falls from 2 over 1 at tau to one half. Middle: weights against the margin, three ways of clipping, which differ only below minus tau. Right: targets against margins; above the identity below tau, and above tau bent down without the clip only."
+    from paperbook.core.plots import subplots, COLORS
+    fig, (ax, bx, cx) = subplots(1, 3, width=8.8, height=2.8)
+    m = torch.linspace(-12, 12, 961, dtype=torch.float64)
+    for tau, c, s in ((TAU, 'blue', '-'), (2., 'orange', '--')):
+        ax.plot(m, margin_coefficient(m, tau=tau), s, color=COLORS[c], label=f'τ = {tau:.3g}')
+    ax.axhline(1, color='k', lw=.7, ls=':'); ax.set(xlabel='margin m', ylabel='coefficient c', title='Stretch of the target'); ax.legend()
+    for clip, name, c, s in (('winner', 'official clip', 'blue', '-'), (5., 'cap 5', 'green', '--'), (None, 'no clip', 'vermillion', ':')):
+        bx.plot(m, madpo_weight(m, tau=4., clip=clip), s, color=COLORS[c], label=name)
+        cx.plot(m[m >= 0], effective_target_margin(m[m >= 0], tau=4., clip=clip), s, color=COLORS[c], label=name)
+    cx.plot([0, 12], [0, 12], 'k-', lw=.7)
+    bx.set(xlabel='margin m', ylabel='weight w', yscale='log', title='Weight, τ = 4'); bx.legend()
+    cx.set(xlabel='margin m', ylabel='target βh', title='Target, τ = 4'); cx.legend()
+    return fig
+
+# %% ../../nbs/align/03_madpo.ipynb #fab5451d
+@figure('madpo', 'paths')
+def fig_paths():
+    "Left: expected reward against KL for three values of β each of IPO, DPO, β-DPO and MADPO, below the frontier; the lines lie close together, and the points of equal β lie far apart on them. Right: rewards of each seed; with one β IPO is far lower and MADPO highest, at one KL all four are level."
+    from paperbook.core.plots import subplots, COLORS
+    from paperbook.core.settings import settings
+    S = tuple(settings.seeds)
+    (space, r), lp = _space(), _data(S)[1]
+    fig, (ax, bx) = subplots(1, 2, width=8.4, height=3.4, width_ratios=(3, 2))
+    f = frontier(space, lp, r, (8., 4, 2, 1, .6, .4, .3))
+    ax.plot(f.kl.mean(0), f.J.mean(0), 'k:', lw=1, label='frontier')
+    for k, c, s in zip(_BETAS, ('purple', 'orange', 'green', 'blue'), ('--', '-', '-.', '-')):
+        J, kl = (v.mean(0) for v in _path(S, k))
+        ax.plot(kl, J, s, marker='.', color=COLORS[c], label=k); i = _BETAS[k].index(_BETA); ax.plot(kl[i], J[i], 'o', color=COLORS[c])
+    ax.axvline(_LEVEL, color='k', lw=.7, ls=':')
+    ax.set(xlabel='KL to the reference (nats)', ylabel='expected reward J', xlim=(0, 4), ylim=(.4, 3), title='Nearly one curve'); ax.legend(fontsize=7)
+    for dx, name, mark, of in ((-.12, 'β = 0.3', 's--', _J), (.12, f'KL = {_LEVEL}', 'o-', _at_equal_kl)):
+        for i, row in enumerate(torch.stack([of(S, k) for k in _BETAS], 1)): bx.plot(torch.arange(4)+dx, row, mark, ms=4, lw=.8, color=COLORS['vermillion' if dx < 0 else 'blue'], label=name if i == 0 else None)
+    bx.set(xticks=range(4), xticklabels=_BETAS, ylabel='expected reward J', title='Equal β, equal KL'); bx.legend()
+    return fig
+
+# %% ../../nbs/align/03_madpo.ipynb #e90baf9c
+@figure('madpo', 'margins')
+def fig_margins():
+    "Margins of the reward model against true margins for the pairs of one run, coloured by weight: they lie along the identity with a spread of about one, and those below zero on the reward model's axis have small weights."
+    from paperbook.core.plots import subplots
+    from paperbook.core.settings import settings
+    S = tuple(settings.seeds)
+    true, learnt = (_margin(d)[0] for d in _data(S)[2:])
+    fig, ax = subplots(width=4.6, height=3.2)
+    o = ax.scatter(true[:1500], learnt[:1500], c=madpo_weight(learnt[:1500]), s=5, vmin=0)
+    ax.plot([-5, 5], [-5, 5], 'k-', lw=.7); fig.colorbar(o, label='weight w')
+    ax.set(xlabel='true margin of the label', ylabel="reward model's margin", xlim=(-5, 5), ylim=(-5, 5), title='Labels that look wrong count little')
+    return fig
