@@ -14,10 +14,18 @@ def test_sophia_has_the_targets_and_two_tensors_of_state():
     assert {(t['ours'], t['theirs'], t['at_most']) for t in d['targets']} == {('Sophia (fused)', 'pytorch-optimizer SophiaH', .7), ('Sophia (fused)', 'AdamW (foreach)', 1.5)}
     assert any('Sophia (fused) 8, Sophia (foreach) 8' in n for n in d['notes'])
 
+def test_preferences_have_the_targets_and_half_of_the_memory():
+    pytest.importorskip('trl')
+    b = benchmarks.bench_preferences(quick=True)
+    assert {(t.ours, t.theirs, t.at_most) for t in b.targets} == {(f'from {k}', f'TRL from {p}', 1.) for k, p in (('logits', 'logits'), ('logits, overwriting', 'logits'), ('hidden states', 'hidden states'))}
+    assert b.peak['from logits'] <= .6*b.peak['TRL from logits'] and b.peak['from logits, overwriting'] < .2*b.logits
+    assert any('at most 0.60' in n for n in b.notes)
+
 def test_missing_peers_are_named(monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, '_peer', lambda module, name: None)
     assert 'lion-pytorch' not in benchmarks.run(['lion'], quick=True)['lion']['times']
     assert 'paperbook[dev]' in capsys.readouterr().out
+    assert not any('TRL' in k for k in benchmarks.run(['preferences'], quick=True)['preferences']['times'])
 
 def test_shapes_are_those_of_the_page():
     n = sum(torch.Size(s).numel() for s in benchmarks.LION_SHAPES)

@@ -10,7 +10,8 @@ __all__ = ['PrefSpace', 'TinyLM', 'Read', 'read', 'tree_logp', 'sample', 'featur
            'stacked', 'scores', 'evaluate', 'tilt', 'frontier', 'at_matched_kl', 'paired_interval', 'Pairs',
            'make_pairs', 'train_pairs', 'TinyReward', 'read_rewards', 'reward_table', 'train_reward', 'flat_grad',
            'expected', 'generators', 'generate', 'train_policy', 'success', 'overthinking', 'success_rate',
-           'forgetting', 'TraceSpace', 'read_traces', 'trace_tree', 'trace_reference']
+           'forgetting', 'TraceSpace', 'read_traces', 'trace_tree', 'trace_reference', 'word_text', 'WordLM',
+           'train_words']
 
 # %% ../../nbs/align/01_bench.ipynb #bb885d12
 import copy, math
@@ -829,3 +830,56 @@ def trace_reference(
         train(m, loss, steps, lr=1e-2, schedule='cosine')
         for i, sd in enumerate(todo): _references[key(sd)] = {k: p.detach()[i].clone() for k, p in m.named_parameters()}
     return _restored(TinyLM(space, width, layers, seeds=seeds), [_references[key(sd)] for sd in seeds])
+
+# %% ../../nbs/align/01_bench.ipynb #56f5df30
+def word_text(
+    n_words=500 # most frequent words that are kept; the rest becomes one symbol, the last
+) -> tuple:     # names [n_words + 1], the training text and the held-out text as int64 numbers
+    "The King James text as words. The held-out part is the test part of the data set."
+    import re
+    from collections import Counter
+    from paperbook.core.data import load
+    d = load('kjv')
+    cut = int(d.index[2][0])
+    parts = [re.findall(r"[a-z]+|[.,:;?!]", t.lower()) for t in (d.text[:cut], d.text[cut:])]
+    names = [w for w, _ in Counter(parts[0]).most_common(n_words)]
+    code = {w: i for i, w in enumerate(names)}
+    return names+['_'], *(torch.tensor([code.get(w, n_words) for w in p]) for p in parts)
+
+class WordLM(nn.Module):
+    "A GRU language model over words. `response_logps` and the rest of `align.preferences` take it as it is."
+    def __init__(self, vocab, width=96):
+        super().__init__()
+        self.emb, self.rnn, self.out = nn.Embedding(vocab, width), nn.GRU(width, width, batch_first=True), nn.Linear(width, vocab)
+    def forward(self, ids): "Logits [B, T, V] of ids [B, T]"; return self.out(self.rnn(self.emb(ids))[0])
+
+    @torch.no_grad()
+    def sample(self,
+        prompt, # [B, T] int64
+        n,      # words to add
+        generator=None
+    ) -> torch.Tensor: # [B, T+n]
+        "Prompts with continuations."
+        x, h = self.rnn(self.emb(prompt))
+        out = [prompt]
+        for _ in range(n):
+            out.append(torch.multinomial(self.out(x[:, -1]).softmax(-1), 1, generator=generator))
+            x, h = self.rnn(self.emb(out[-1]), h)
+        return torch.cat(out, 1)
+
+def train_words(
+    text,  # [n] int64, from `word_text`
+    vocab, seed=0, steps=300, bs=32, length=32, width=96, lr=5e-3
+) -> WordLM:
+    "A `WordLM` trained on random windows of the text."
+    from paperbook.core.data import text_batch
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        m = WordLM(vocab, width)
+    g, o = torch.Generator().manual_seed(seed), torch.optim.Adam(m.parameters(), lr=lr)
+    sched = torch.optim.lr_scheduler.CosineAnnealingLR(o, steps)
+    for _ in range(steps):
+        b = text_batch(text, bs, length+1, g)
+        loss = F.cross_entropy(m(b[:, :-1]).flatten(0, 1), b[:, 1:].flatten())
+        o.zero_grad(); loss.backward(); o.step(); sched.step()
+    return m
