@@ -1,5 +1,7 @@
 "MADPO: weights against a plain reference, bad input, TRL's losses and trainer, transformers, fastai"
 import math
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
@@ -172,9 +174,15 @@ def test_trl_bad_input(prefs, tmp_path):
     with pytest.raises(ValueError, match='NaN in row 0'): madpo_trainer(args=config(tmp_path), **kw | dict(train_dataset=prefs.map(lambda r: dict(margin=math.nan))))
     with pytest.raises(ValueError, match='tau'): madpo_trainer(args=config(tmp_path), tau=0., **kw)
 
-def test_bradley_terry_is_trls_reward_loss():
+def test_losses_are_trls_on_equal_tensors():
+    "RewardTrainer's own method on given rewards; with the margin τ every weight is 1 and the loss is DPO's, which test_preferences compares with TRL's"
+    trainer, same = pytest.importorskip('trl.trainer.reward_trainer').RewardTrainer, lambda x: x
     w, l = torch.randn(2, 7)
-    torch.testing.assert_close(bradley_terry_loss(w, l), -F.logsigmoid(w-l).mean())   # RewardTrainer's, without its extra terms
+    me = MagicMock(accelerator=MagicMock(gather=same, gather_for_metrics=same), args=SimpleNamespace(center_rewards_coefficient=None), _total_train_tokens=0, _tp_size=1)
+    got = trainer.compute_loss(me, lambda **kw: SimpleNamespace(logits=torch.cat([w, l])[:, None]), dict(attention_mask=torch.ones(14, 3)))
+    torch.testing.assert_close(bradley_terry_loss(w, l), got)
+    a = torch.randn(4, 7)
+    torch.testing.assert_close(madpo_loss(*a, torch.full((7,), TAU)), dpo_loss(*a), rtol=1e-6, atol=0)
 
 def test_fastai():
     import fastai.callback.progress
