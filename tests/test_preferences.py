@@ -222,6 +222,26 @@ def test_runs_are_kept_apart():
     m[..., 0] = True
     for agg in ('token', 'sequence', 'sum'): close(grpo_loss(lp, None, m, a, agg=agg)[0], torch.stack([grpo_loss(lp[i], None, m[i], a[i], agg=agg)[0] for i in range(3)]))
 
+def test_losses_work_inside_vmap_and_compile():
+    x = [v.detach() for v in four()]
+    rows = [torch.stack([v, v-1, 2*v]) for v in x]
+    for f in (dpo_loss, lambda *a: ipo_loss(*a), lambda *a: rdpo_loss(*a, flip_rate=.1), lambda a, b, c, d: cpo_loss(a, b), lambda a, b, c, d: simpo_loss(a, b, torch.ones(7), torch.ones(7))):
+        close(torch.vmap(f)(*rows), torch.stack([f(*(r[i] for r in rows)) for i in range(3)]))
+        close(torch.compile(f, fullgraph=True, backend='eager')(*x), f(*x))
+    m = torch.ones(2, 3)
+    close(torch.vmap(lambda lp: grpo_loss(lp, None, m, torch.ones(2))[0])(-torch.rand(4, 2, 3)), -torch.ones(4))
+
+def test_autocast_reaches_the_backward_pass_of_the_fused_head():
+    torch.manual_seed(0)
+    h, W, t = torch.randn(40, 16), torch.randn(50, 16), torch.randint(50, (40,))
+    grads = []
+    for f in (lambda a, b: token_logps_from_hidden(a, b, t, chunk=7), lambda a, b: token_logps(F.linear(a, b), t)):
+        a, b = h.clone().requires_grad_(), W.clone().requires_grad_()
+        with torch.autocast('cpu', dtype=torch.bfloat16): l = f(a, b)
+        l.sum().backward(); grads.append((l.detach(), a.grad, b.grad))
+    for u, v in zip(*grads): close(u, v, rtol=.02, atol=.02)
+    assert grads[0][0].dtype == torch.float32
+
 # --- bad input
 
 @pytest.mark.parametrize('call, words', [
@@ -403,12 +423,61 @@ def test_runs_of_a_stack_do_not_touch_each_other():
         one = copies(reference(s, [sd], width=8, steps=20, bs=32)); train_pairs(one, pairs.run(sd), loss, steps=10, bs=16, lr=l)
         close(tree_logp(one)[0], tree_logp(both)[i], rtol=1e-4, atol=1e-4)
 
+@pytest.mark.parametrize('algo', ['grpo', 'ppo'])
+def test_a_seed_does_not_depend_on_the_others(algo):
+    s = PrefSpace(3, 3, 1)
+    def run(seeds):
+        ref = reference(s, seeds, width=8, steps=20, bs=32); m = copies(ref)
+        train_policy(m, gold(s), seeds, algo, steps=6, n_prompts=3, group=4, ref=ref, beta=.1, lr=3e-3, clip=1., epochs=2)
+        return tree_logp(m).detach()
+    close(run([0, 1])[1], run([1])[0], rtol=1e-3, atol=1e-3)
+
+@pytest.mark.parametrize('algo', ['reinforce', 'rloo', 'grpo', 'dr_grpo', 'ppo'])
+def test_policy_gradients_raise_the_reward(algo):
+    s = PrefSpace(3, 3, 1); ref = reference(s, [0, 1], width=16, steps=60, bs=64); lr, r = tree_logp(ref), gold(s)
+    m = copies(ref)
+    curve, seen = train_policy(m, r, [0, 1], algo, steps=40, n_prompts=3, group=16, lr=5e-3, every=20, look=lambda t: evaluate(m, lr, r))
+    J = stacked(seen).J
+    assert curve.shape == (2, 40) and J.shape == (2, 3) and (J[:, -1] > J[:, 0]+.5).all()
+
+def test_rewards_are_learnt_and_read_alike():
+    s = PrefSpace(3, 3, 1); ref = reference(s, [0, 1], width=16, steps=60, bs=64); lr, r = tree_logp(ref), gold(s)
+    rm = train_reward(s, make_pairs(s, lr, r, 2000, [0, 1], scale=3.), steps=150, width=16, lr=1e-2)
+    t = reward_table(rm)
+    p, y = torch.randint(3, (2, 30)), torch.randint(len(s), (2, 30))
+    close(read_rewards(rm, p, y), t[torch.arange(2)[:, None], p, y], rtol=1e-4, atol=1e-4)
+    close(reward_table(rm, [2, 0]), t[:, [2, 0]])
+    for i in range(2): assert torch.corrcoef(torch.stack([t[i].flatten(), r.flatten()]))[0, 1] > .8
+
+def test_off_policy_pairs_have_larger_margins_and_flags_follow_annotators():
+    s = PrefSpace(3, 3, 1); lr = grammar_logp(s)[None].repeat(2, 1, 1); r = gold(s)
+    a, b = (make_pairs(s, lr, r, 2000, [0, 1], off_policy=o, reliability=[.9, .6], prompts=[0, 2]) for o in (0., 1.))
+    gap = lambda q: (q.reward_chosen-q.reward_rejected).abs().mean()
+    assert gap(b) > 1.3*gap(a) and set(a.prompt.unique().tolist()) == {0, 2}
+    for k, eta in enumerate((.9, .6)): assert abs(a.flipped[a.annotator == k].float().mean()-(1-eta)) < .05
+    close(a.ref_chosen, lr[torch.arange(2)[:, None], a.prompt, a.chosen]); close(a.reward_rejected, r[a.prompt, a.rejected])
+    assert torch.equal(make_pairs(s, lr[1:], r, 2000, [1], reliability=[.9, .6], prompts=[0, 2]).chosen[0], a.chosen[1])
+
+def test_traces_marginalise():
+    ts = TraceSpace(3, 2, 1); m = trace_reference(ts, [0, 1], width=8, steps=5, bs=16)
+    j, e = trace_tree(m), trace_tree(m, empty=True)
+    close(j.exp().sum((-1, -2)), torch.ones(2, 9)); close(e.exp().sum(-1), torch.ones(2, 9)); close(trace_tree(m, prompts=[4])[:, 0], j[:, 4])
+    p, t, a = ts.draw(50, torch.Generator().manual_seed(0))
+    on = t >= 0
+    close(read_traces(m, *(v[on].expand(2, -1) for v in (p, t, a))).sum(-1), j[:, p[on], t[on], a[on]], rtol=1e-4, atol=1e-4)
+    close(read_traces(m, p[~on].expand(2, -1), None, a[~on].expand(2, -1)).sum(-1), e[:, p[~on], a[~on]], rtol=1e-4, atol=1e-4)
+
+def test_words_train_and_are_read_by_the_shared_functions():
+    m = train_words(torch.arange(400) % 7, 7, steps=60, bs=8, length=8, width=16)
+    y = m.sample(torch.tensor([[3, 4]]), 5, torch.Generator().manual_seed(0))
+    assert y.shape == (1, 7) and response_logps(m, y, torch.arange(7)[None] >= 2).sum() > 5*math.log(1/7)+3
+
 def test_bench_refuses():
     s = PrefSpace(2, 2, 1)
     for call, words in ((lambda: PrefSpace(0), 'n_tokens'), (lambda: PrefSpace(9, 9), 'too many'), (lambda: s.index(torch.tensor([2, 0])), 'then the end'), (lambda: s.split(2), 'both sides'), (lambda: TinyLM(s, 0), 'width'), (lambda: TinyLM(s, seeds=[]), 'empty'),
                         (lambda: read(TinyLM(s), torch.zeros(3, dtype=torch.long), torch.zeros(2, dtype=torch.long)), 'one shape'), (lambda: tilt(torch.zeros(1, 7), torch.zeros(1, 7), 0), 'beta'), (lambda: proxy_reward(gold(s), gold(s)*2+1, .5, grammar_logp(s)), 'multiple'),
                         (lambda: proxy_reward(gold(s), taste(s), 1.5, grammar_logp(s)), 'rho'), (lambda: make_pairs(s, grammar_logp(s), gold(s), 5, [0]), 'ref_logp'), (lambda: train_policy(TinyLM(s, seeds=[0]), gold(s), [0], 'trpo'), 'algo'),
-                        (lambda: train_policy(TinyLM(s), gold(s), [0]), 'stack'), (lambda: train_policy(TinyLM(s, seeds=[0]), gold(s), [0], beta=.1), 'needs ref'), (lambda: TraceSpace(9, 9), 'too many'), (lambda: at_matched_kl(torch.zeros(3), torch.zeros(2), 1.), 'one shape')):
+                        (lambda: train_policy(TinyLM(s), gold(s), [0]), 'stack'), (lambda: train_policy(TinyLM(s, seeds=[0]), gold(s), [0], beta=.1), 'needs ref'), (lambda: TraceSpace(9, 9), 'too many'), (lambda: copies(TinyLM(s), 2), 'seeds'), (lambda: generate(TinyLM(s, seeds=[0, 1]), torch.zeros(3, dtype=torch.long), torch.Generator()), 'list of as many'), (lambda: at_matched_kl(torch.zeros(3), torch.zeros(2), 1.), 'one shape')):
         with pytest.raises(ValueError, match=words): call()
 
 def test_matched_kl_reads_between_the_points():

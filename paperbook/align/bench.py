@@ -13,15 +13,16 @@ __all__ = ['PrefSpace', 'TinyLM', 'Read', 'read', 'tree_logp', 'sample', 'featur
            'forgetting', 'TraceSpace', 'read_traces', 'trace_tree', 'trace_reference', 'word_text', 'WordLM',
            'train_words']
 
-# %% ../../nbs/align/01_bench.ipynb #bb885d12
+# %% ../../nbs/align/01_bench.ipynb #3952daf4
 import copy, math
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
-from .preferences import (aggregate, approx_kl, bradley_terry_labels, bradley_terry_loss, clipped_surrogate, dpo_loss, gae, group_advantages, grpo_loss, ppo_loss, rloo_advantages, whiten)
+from .preferences import (aggregate, approx_kl, bradley_terry_labels, bradley_terry_loss, gae, group_advantages, grpo_loss, ppo_loss, rloo_advantages, whiten)
 from ..core.claims import interval
 from ..core.training import SCHEDULES
 
@@ -56,37 +57,42 @@ class PrefSpace:
     def __len__(self): return self.n_responses
     def __repr__(self): return f"PrefSpace({self.n_prompts} prompts, {self.n_responses} responses of up to {self.max_len} of {self.n_tokens} tokens)"
 
-    def index(self,
-        y # [..., L] int64: content tokens, then ends
-    ) -> torch.Tensor: # [...] numbers of the responses
-        "The number of each response. Raises `ValueError` for a token after the end or one that is none."
-        c = y < self.n_tokens
-        if y.shape[-1] != self.max_len or (y < 0).any() or (y > self.end).any() or (c[..., 1:] & ~c[..., :-1]).any():
-            raise ValueError(f"a response is {self.max_len} tokens: content 0..{self.n_tokens-1}, then the end, {self.end}")
-        n, out = c.sum(-1), torch.zeros(y.shape[:-1], dtype=torch.int64)
-        for t in range(self.max_len): out = torch.where(c[..., t], out*self.n_tokens+y[..., t], out)
-        return out+torch.tensor(self.offset)[n]
+# %% ../../nbs/align/01_bench.ipynb #28576dc2
+@patch
+def index(self:PrefSpace,
+    y # [..., L] int64: content tokens, then ends
+) -> torch.Tensor: # [...] numbers of the responses
+    "The number of each response. Raises `ValueError` for a token after the end or one that is none."
+    c = y < self.n_tokens
+    if y.shape[-1] != self.max_len or (y < 0).any() or (y > self.end).any() or (c[..., 1:] & ~c[..., :-1]).any():
+        raise ValueError(f"a response is {self.max_len} tokens: content 0..{self.n_tokens-1}, then the end, {self.end}")
+    n, out = c.sum(-1), torch.zeros(y.shape[:-1], dtype=torch.int64)
+    for t in range(self.max_len): out = torch.where(c[..., t], out*self.n_tokens+y[..., t], out)
+    return out+torch.tensor(self.offset)[n]
 
-    def ids(self,
-        prompt, response # [...] int64: numbers
-    ) -> tuple: # ids, attention mask, response mask: each [..., prompt_len+1+L]
-        "Prompt, begin, response, end as one row, for functions that work with any language model."
-        p, y, m = self.prompts[prompt], self.responses[response], self.score_mask[response]
-        b = torch.full((*p.shape[:-1], 1), self.begin)
-        on = torch.ones((*p.shape[:-1], p.shape[-1]+1), dtype=torch.bool)
-        return torch.cat([p, b, y], -1), torch.cat([on, m], -1), torch.cat([~on, m], -1)
+@patch
+def ids(self:PrefSpace,
+    prompt, response # [...] int64: numbers
+) -> tuple: # ids, attention mask, response mask: each [..., prompt_len+1+L]
+    "Prompt, begin, response, end as one row, for functions that work with any language model."
+    p, y, m = self.prompts[prompt], self.responses[response], self.score_mask[response]
+    b = torch.full((*p.shape[:-1], 1), self.begin)
+    on = torch.ones((*p.shape[:-1], p.shape[-1]+1), dtype=torch.bool)
+    return torch.cat([p, b, y], -1), torch.cat([on, m], -1), torch.cat([~on, m], -1)
 
-    def split(self,
-        n_test=9, seed=0
-    ) -> tuple: # numbers of the train and of the test prompts, sorted
-        "Prompts to train on and prompts to test on. Raises `ValueError` where nothing would be left."
-        if not 0 < n_test < self.n_prompts: raise ValueError(f"n_test must leave prompts on both sides: there are {self.n_prompts}, got {n_test}")
-        o = torch.randperm(self.n_prompts, generator=torch.Generator().manual_seed(seed))
-        return o[n_test:].sort().values, o[:n_test].sort().values
+@patch
+def split(self:PrefSpace,
+    n_test=9, seed=0
+) -> tuple: # numbers of the train and of the test prompts, sorted
+    "Prompts to train on and prompts to test on. Raises `ValueError` where nothing would be left."
+    if not 0 < n_test < self.n_prompts: raise ValueError(f"n_test must leave prompts on both sides: there are {self.n_prompts}, got {n_test}")
+    o = torch.randperm(self.n_prompts, generator=torch.Generator().manual_seed(seed))
+    return o[n_test:].sort().values, o[:n_test].sort().values
 
-    def text(self, response) -> str:
-        "A response as letters: token 0 is a, the end a full stop"
-        return ''.join(chr(97+t) for t in self.responses[response].tolist() if t < self.n_tokens)+'.'
+@patch
+def text(self:PrefSpace, response) -> str:
+    "A response as letters: token 0 is a, the end a full stop"
+    return ''.join(chr(97+t) for t in self.responses[response].tolist() if t < self.n_tokens)+'.'
 
 # %% ../../nbs/align/01_bench.ipynb #6735b082
 def _look(table, at):
@@ -125,49 +131,58 @@ class TinyLM(nn.Module):
     def runs(self): "Number of runs, None for a single model"; return None if self.emb.ndim == 2 else len(self.emb)
     def __repr__(self): return f"TinyLM(width={self.width}, layers={self.layers}, {sum(p[0].numel() if self.runs else p.numel() for p in self.parameters())} parameters" + (f", {self.runs} runs)" if self.runs else ')')
 
-    def _in(self, l, x): return x@getattr(self, f'x{l}') + getattr(self, f'b{l}').unsqueeze(-2)      # input part of the gates
-    def _cell(self, l, gx, h):
-        "One step of layer l: gates' input part [..., B, 3W] and state [..., B, W]"
-        W = self.width
-        grz, gn = gx.split([2*W, W], -1)
-        hrz, hn = (h@getattr(self, f'h{l}')).split([2*W, W], -1)
-        r, z = torch.sigmoid(grz+hrz).chunk(2, -1)
-        return torch.lerp(torch.tanh(torch.addcmul(gn, r, hn+getattr(self, f'c{l}').unsqueeze(-2))), h, z)
-    def _zeros(self, n): return [self.emb.new_zeros(*([self.runs] if self.runs else []), n, self.width)]*self.layers
+# %% ../../nbs/align/01_bench.ipynb #c9c1c488
+@patch
+def _in(self:TinyLM, l, x): return x@getattr(self, f'x{l}') + getattr(self, f'b{l}').unsqueeze(-2)      # input part of the gates
+@patch
+def _cell(self:TinyLM, l, gx, h):
+    "One step of layer l: gates' input part [..., B, 3W] and state [..., B, W]"
+    W = self.width
+    grz, gn = gx.split([2*W, W], -1)
+    hrz, hn = (h@getattr(self, f'h{l}')).split([2*W, W], -1)
+    r, z = torch.sigmoid(grz+hrz).chunk(2, -1)
+    return torch.lerp(torch.tanh(torch.addcmul(gn, r, hn+getattr(self, f'c{l}').unsqueeze(-2))), h, z)
+@patch
+def _zeros(self:TinyLM, n): return [self.emb.new_zeros(*([self.runs] if self.runs else []), n, self.width)]*self.layers
 
-    def step(self,
-        tokens, # [B], or [R, B]
-        states  # list of [..., B, W], one a layer
-    ) -> list:  # the states after these tokens
-        "Read one more token in every row."
-        out, x = [], None
-        for l, h in enumerate(states):
-            gx = _look(self._in(0, self.emb), tokens) if l == 0 else self._in(l, x)
-            x = self._cell(l, gx, h)
-            out.append(x)
-        return out
+@patch
+def step(self:TinyLM,
+    tokens, # [B], or [R, B]
+    states  # list of [..., B, W], one a layer
+) -> list:  # the states after these tokens
+    "Read one more token in every row."
+    out, x = [], None
+    for l, h in enumerate(states):
+        gx = _look(self._in(0, self.emb), tokens) if l == 0 else self._in(l, x)
+        x = self._cell(l, gx, h)
+        out.append(x)
+    return out
 
-    def logits(self, h): "[..., B, W] of the last layer to [..., B, V]"; return h@self.out_w + self.out_b.unsqueeze(-2)
+@patch
+def logits(self:TinyLM, h): "[..., B, W] of the last layer to [..., B, V]"; return h@self.out_w + self.out_b.unsqueeze(-2)
 
-    def start(self) -> list:
-        "States [..., P, W] of all prompts of the space, before the first token of a response."
-        s = self.space
-        states = self._zeros(len(s.prompts))
-        for t in range(s.prompts.shape[1]): states = self.step(s.prompts[:, t], states)
-        return self.step(torch.full((len(s.prompts),), s.begin), states)
+# %% ../../nbs/align/01_bench.ipynb #1aee405f
+@patch
+def start(self:TinyLM) -> list:
+    "States [..., P, W] of all prompts of the space, before the first token of a response."
+    s = self.space
+    states = self._zeros(len(s.prompts))
+    for t in range(s.prompts.shape[1]): states = self.step(s.prompts[:, t], states)
+    return self.step(torch.full((len(s.prompts),), s.begin), states)
 
-    def forward(self,
-        ids,          # [B, T], or [R, B, T] for a stack
-        states=False  # also return the states of each layer, [..., B, T, W], after each token
-    ):
-        "Logits [..., B, T, V] of the next token after each one: the plain, slow way, as any language model."
-        hs, seen = self._zeros(ids.shape[-2]), []
-        for t in range(ids.shape[-1]):
-            hs = self.step(ids[..., t], hs)
-            seen.append(hs)
-        layers = [torch.stack([h[l] for h in seen], -2) for l in range(self.layers)]
-        out = layers[-1]@(self.out_w if not self.runs else self.out_w.unsqueeze(1)) + (self.out_b if not self.runs else self.out_b[:, None, None])
-        return (out, layers) if states else out
+@patch
+def forward(self:TinyLM,
+    ids,          # [B, T], or [R, B, T] for a stack
+    states=False  # also return the states of each layer, [..., B, T, W], after each token
+):
+    "Logits [..., B, T, V] of the next token after each one: the plain, slow way, as any language model."
+    hs, seen = self._zeros(ids.shape[-2]), []
+    for t in range(ids.shape[-1]):
+        hs = self.step(ids[..., t], hs)
+        seen.append(hs)
+    layers = [torch.stack([h[l] for h in seen], -2) for l in range(self.layers)]
+    out = layers[-1]@(self.out_w if not self.runs else self.out_w.unsqueeze(1)) + (self.out_b if not self.runs else self.out_b[:, None, None])
+    return (out, layers) if states else out
 
 # %% ../../nbs/align/01_bench.ipynb #7039a7b5
 @dataclass
@@ -179,6 +194,7 @@ class Read:
     states: list = None         # a layer: [..., B, L, W], the state *before* each token
     def sum(self): "Log-probability of each response, [..., B]"; return self.logp.sum(-1)
 
+# %% ../../nbs/align/01_bench.ipynb #a29268ac
 def _packed(model, prompt, response, last, order, L):
     """Read rows that are sorted by length, longest first, up to position `last`: states of each layer [..., M, W], and how many rows each position has.
 
@@ -372,6 +388,7 @@ def train(
     if look: seen.append(look(steps))
     return curve, seen
 
+# %% ../../nbs/align/01_bench.ipynb #cfdfd0dc
 def clip_grads(params, most, runs=None):
     "Scale gradients so that their norm, of each run, is at most `most`. Returns the norms before."
     gs = [p.grad for p in params if p.grad is not None]
@@ -394,6 +411,7 @@ def copies(
     model, times=1 # a stack of [times × R] runs: setting 1 of all seeds, setting 2 of all seeds, ...
 ) -> TinyLM:
     "A stack to train that starts from the same weights. Reshape its outputs with `.view(times, R, ...)`."
+    if times > 1 and not model.runs: raise ValueError("copies: a single model has no runs to repeat; make it with seeds=[...]")
     new = copy.deepcopy(model)
     for k, p in list(new.named_parameters()): setattr(new, k, nn.Parameter(p.detach().repeat(times, *[1]*(p.ndim-1)) if times > 1 else p.detach().clone()))
     return new
@@ -434,6 +452,7 @@ def stacked(
     "The scores of a path as one."
     return Scores(**{f.name: torch.stack([getattr(s, f.name) for s in scores], -1) for f in fields(Scores)})
 
+# %% ../../nbs/align/01_bench.ipynb #1aaf1d68
 @torch.no_grad()
 def scores(
     space, logp, # [..., P, N]: of the policy
@@ -445,10 +464,9 @@ def scores(
         raise ValueError(f"policy, reference and reward must have the same prompts and responses, got {tuple(logp.shape)}, {tuple(ref_logp.shape)} and {tuple(reward.shape)}")
     p, q = logp.exp(), ref_logp.exp()
     m = lambda x: x.sum(-1).mean(-1)
-    order = reward.argsort(-1).expand(q.shape)
-    srt = reward.gather(-1, reward.argsort(-1)).contiguous()
-    cum = F.pad(q.gather(-1, order).cumsum(-1), (1, 0))
-    lo, hi = (torch.searchsorted(srt, reward.contiguous(), right=b).expand(q.shape) for b in (False, True))
+    srt, order = reward.sort(-1)
+    cum = F.pad(q.gather(-1, order.expand(q.shape)).cumsum(-1), (1, 0))
+    lo, hi = (torch.searchsorted(srt.contiguous(), reward.contiguous(), right=b).expand(q.shape) for b in (False, True))
     below = .5*(cum.gather(-1, lo)+cum.gather(-1, hi))       # reference's mass below, ties half
     return Scores(m(p*reward), m(p*(logp-ref_logp)), m(q*(ref_logp-logp)), -m(p*logp), m(p*space.lengths), m(p*space.score_mask.sum(1)), m(p*below))
 
@@ -519,6 +537,7 @@ class Pairs:
         from paperbook.core.training import batches
         return torch.stack([batches(len(self), bs, steps, sd) for sd in self.seeds], 1)
 
+# %% ../../nbs/align/01_bench.ipynb #9ce802ca
 def make_pairs(
     space, ref_logp, # [R, P, N]: what the responses are drawn from
     reward,          # [P, N] or [R, P, N]: true reward
@@ -544,7 +563,7 @@ def make_pairs(
             d = draw(lp, k)
             return d[p[:, None], torch.randint(d.shape[1], (n, k), generator=g)]
         y = pick(ref_logp[i], 4)
-        a, b = y[:, 0], y[:, 1]
+        a, b = y.T[:2]
         for j in (2, 3): b = torch.where(b == a, y[:, j], b)            # a pair of equals teaches nothing
         if off_policy:
             r = reward[i][p[:, None], y[:, :2]]
@@ -556,8 +575,7 @@ def make_pairs(
         ra, rb = reward[i][p, a], reward[i][p, b]
         L = bradley_terry_labels(ra, rb, scale, reliability, generator=g)
         w = lambda u, v: (torch.where(L.first, u, v), torch.where(L.first, v, u))
-        lp = ref_logp[i]
-        runs.append((p, *w(a, b), *w(lp[p, a], lp[p, b]), *w(ra, rb), L.annotator, L.flipped))
+        runs.append((p, *w(a, b), *w(ref_logp[i, p, a], ref_logp[i, p, b]), *w(ra, rb), L.annotator, L.flipped))
     return Pairs(*map(torch.stack, zip(*runs)), seeds=seeds)
 
 # %% ../../nbs/align/01_bench.ipynb #dddc62c4
@@ -595,6 +613,7 @@ def read_rewards(
     r = _unpacked(model.logits(flat[-1])[..., 0], n, order, s.max_len+1)
     return r.gather(-1, s.lengths[response][..., None])[..., 0]
 
+# %% ../../nbs/align/01_bench.ipynb #5a81d480
 def reward_table(
     model,       # `TinyReward`
     prompts=None # numbers of prompts; all by default
@@ -662,6 +681,22 @@ def generate(
         elif done.all(): break
     return out+torch.tensor(s.offset)[n]
 
+# %% ../../nbs/align/01_bench.ipynb #a282ecef
+_ADVANTAGES = dict(reinforce=lambda r: whiten(r.flatten(1)).view_as(r), rloo=rloo_advantages, grpo=group_advantages, dr_grpo=lambda r: group_advantages(r, scale=False), ppo=None)
+
+@torch.no_grad()
+def _rollout(model, reward, p, group, gens, t, ref, value, advantage, lam):
+    "Draw a response to each prompt [R, B] and score it: what the loss of this batch needs"
+    s = model.space
+    y = generate(model, p, gens)
+    r = (reward(p.view(len(p), -1, group), y.view(len(p), -1, group), t) if callable(reward) else reward[torch.arange(len(p))[:, None], p, y].view(len(p), -1, group)).float()
+    old, D = read(model, p, y, states=value is not None), dict(p=p, y=y)
+    D |= dict(old=old.logp, ref=read(ref, p, y).logp if ref is not None else None)
+    if value is None: return D | dict(adv=advantage(r).flatten(1))
+    v, last = value(old.states), s.lengths[y].clamp_max(s.max_len-1)
+    a, ret = gae(torch.zeros_like(v).scatter(-1, last[..., None], r.flatten(1)[..., None]), v, old.mask, 1., lam)    # the reward comes with the last token
+    return D | dict(adv=whiten(a, old.mask), ret=ret)
+
 # %% ../../nbs/align/01_bench.ipynb #eca94976
 def train_policy(
     model,        # `TinyLM` stack [R], changed in place
@@ -676,37 +711,20 @@ def train_policy(
     advantage=None,    # rewards [R, prompts, group] -> advantages, in place of the algorithm's
     lr=1e-3, **kw      # further arguments of `train`
 ) -> tuple: # see `train`
-    "Policy gradients with samples. Every update draws `n_prompts` × `group` responses, and takes `epochs` steps on them."
-    s, R, seeds = model.space, model.runs, list(seeds)
-    how = dict(reinforce=lambda r: whiten(r.flatten(1)).view_as(r), rloo=rloo_advantages, grpo=group_advantages, dr_grpo=lambda r: group_advantages(r, scale=False), ppo=None)
-    if algo not in how: raise ValueError(f"algo must be one of {', '.join(how)}, got {algo!r}")
+    "Policy gradients with samples. Every update draws `n_prompts` × `group` responses, and takes `epochs` steps on them. Raises `ValueError` for what doesn't fit."
+    R, seeds = model.runs, list(seeds)
+    if algo not in _ADVANTAGES: raise ValueError(f"algo must be one of {', '.join(_ADVANTAGES)}, got {algo!r}")
     if R is None or len(seeds) != R: raise ValueError(f"train_policy needs a stack with one seed a run: {R} runs, {len(seeds)} seeds")
     if beta and ref is None: raise ValueError("beta > 0 needs ref, the model that the policy is held near")
-    allowed = torch.arange(s.n_prompts) if prompts is None else torch.as_tensor(prompts)
-    gens, adv = generators(seeds), advantage or how[algo]
-    run, D = torch.arange(R)[:, None], {}
-    table = None if callable(reward) else reward.expand(R, *reward.shape[-2:])
+    allowed = torch.arange(model.space.n_prompts) if prompts is None else torch.as_tensor(prompts)
+    if not callable(reward): reward = reward.expand(R, *reward.shape[-2:])
+    gens, D, P = generators(seeds), {}, len(allowed)
     head = [torch.zeros(R, model.width, 1, requires_grad=True), torch.zeros(R, 1, 1, requires_grad=True)] if algo == 'ppo' else []
-    value = lambda states: (states[-1].detach().flatten(1, 2)@head[0]+head[1]).view(states[-1].shape[:-1])
-
-    def draw(t):
-        at = torch.stack([torch.randperm(len(allowed), generator=g)[:n_prompts] if n_prompts <= len(allowed) else torch.randint(len(allowed), (n_prompts,), generator=g) for g in gens])
-        p = allowed[at].repeat_interleave(group, 1)
-        y = generate(model, p, gens)
-        r = (reward(p.view(R, -1, group), y.view(R, -1, group), t) if table is None else table[run, p, y].view(R, -1, group)).float()
-        D.update(p=p, y=y)
-        with torch.no_grad():
-            old = read(model, p, y, states=bool(head))
-            D['old'] = old.logp
-            D['ref'] = read(ref, p, y).logp if beta else None
-            if head:
-                v, last = value(old.states), s.lengths[y].clamp_max(s.max_len-1)
-                a, D['ret'] = gae(torch.zeros_like(v).scatter(-1, last[..., None], r.flatten(1)[..., None]), v, old.mask, 1., lam)
-                D['adv'] = whiten(a, old.mask)
-            else: D['adv'] = adv(r).flatten(1)
-
+    value = (lambda states: (states[-1].detach().flatten(1, 2)@head[0]+head[1]).view(states[-1].shape[:-1])) if head else None
     def loss(t):
-        if t % epochs == 0: draw(t//epochs)
+        if t % epochs == 0:
+            at = torch.stack([torch.randperm(P, generator=g)[:n_prompts] if n_prompts <= P else torch.randint(P, (n_prompts,), generator=g) for g in gens])
+            D.update(_rollout(model, reward, allowed[at].repeat_interleave(group, 1), group, gens, t//epochs, ref if beta else None, value, advantage or _ADVANTAGES[algo], lam))
         now = read(model, D['p'], D['y'], states=bool(head))
         if not head: return grpo_loss(now.logp, D['old'], now.mask, D['adv'], eps_low, eps_high, D['ref'], beta, agg=agg)[0]
         l = ppo_loss(now.logp, D['old'], now.mask, D['adv'], value(now.states), D['ret'], None, eps_low, eps_high, agg=agg)[0]
@@ -753,27 +771,31 @@ class TraceSpace:
         self.n_prompts = len(self.prompts)
     def __repr__(self): return f"TraceSpace({len(self.prompts)} prompts, {len(self.traces)} traces, {len(self.answers)} answers)"
 
-    def draw(self,
-        n, generator=None, # rows
-        noise=.3,          # share of wrong symbols in a trace
-        think=.5           # share of rows with a trace
-    ) -> tuple:            # prompt [n], trace [n] (-1: empty), answer [n]
-        "Rows to pretrain on: the trace is a noisy running sum of the prompt's symbols, the answer the sum that the trace ends with and a free symbol. Without a trace the sum is right half of the time."
-        K, rnd = self.n_tokens, lambda *s: torch.randint(self.n_tokens, s, generator=generator)
-        u = lambda *s: torch.rand(s, generator=generator)
-        p = torch.randint(len(self.prompts), (n,), generator=generator)
-        a, b = self.prompts[p].T
-        truth = torch.stack([a]+[(a+b) % K]*(self.trace_len-1), 1) if self.trace_len > 1 else ((a+b) % K)[:, None]
-        trace = torch.where(u(n, self.trace_len) < noise, rnd(n, self.trace_len), truth)
-        thinks = u(n) < think
-        first = torch.where(thinks, torch.where(u(n) < .1, rnd(n), trace[:, -1]), torch.where(u(n) < .5, rnd(n), (a+b) % K))
-        num = lambda d: (d*K**torch.arange(d.shape[1]-1, -1, -1)).sum(1)
-        return p, torch.where(thinks, num(trace), -1), num(torch.cat([first[:, None], rnd(n, self.answer_len-1)], 1))
+# %% ../../nbs/align/01_bench.ipynb #c5301c60
+@patch
+def draw(self:TraceSpace,
+    n, generator=None, # rows
+    noise=.3,          # share of wrong symbols in a trace
+    think=.5           # share of rows with a trace
+) -> tuple:            # prompt [n], trace [n] (-1: empty), answer [n]
+    "Rows to pretrain on: the trace is a noisy running sum of the prompt's symbols, the answer the sum that the trace ends with and a free symbol. Without a trace the sum is right half of the time."
+    K, rnd = self.n_tokens, lambda *s: torch.randint(self.n_tokens, s, generator=generator)
+    u = lambda *s: torch.rand(s, generator=generator)
+    p = torch.randint(len(self.prompts), (n,), generator=generator)
+    a, b = self.prompts[p].T
+    truth = torch.stack([a]+[(a+b) % K]*(self.trace_len-1), 1) if self.trace_len > 1 else ((a+b) % K)[:, None]
+    trace = torch.where(u(n, self.trace_len) < noise, rnd(n, self.trace_len), truth)
+    thinks = u(n) < think
+    first = torch.where(thinks, torch.where(u(n) < .1, rnd(n), trace[:, -1]), torch.where(u(n) < .5, rnd(n), (a+b) % K))
+    num = lambda d: (d*K**torch.arange(d.shape[1]-1, -1, -1)).sum(1)
+    return p, torch.where(thinks, num(trace), -1), num(torch.cat([first[:, None], rnd(n, self.answer_len-1)], 1))
 
-    def correct(self) -> torch.Tensor: # [P, A] bool
-        "Does the answer begin with the sum of the prompt's symbols?"
-        return self.answers[None, :, 0] == self.prompts.sum(1)[:, None] % self.n_tokens
+@patch
+def correct(self:TraceSpace) -> torch.Tensor: # [P, A] bool
+    "Does the answer begin with the sum of the prompt's symbols?"
+    return self.answers[None, :, 0] == self.prompts.sum(1)[:, None] % self.n_tokens
 
+# %% ../../nbs/align/01_bench.ipynb #70080e5c
 def _walk(model, states, tokens, scored):
     "Read [..., B, T] tokens; log-probabilities of those that `scored` [T] names"
     out = []
@@ -793,6 +815,7 @@ def read_traces(
     scored = ([] if trace is None else [True]*s.trace_len)+[False]+[True]*s.answer_len
     return _walk(model, [_look(h, prompt) for h in model.start()], tokens, scored)
 
+# %% ../../nbs/align/01_bench.ipynb #11f3365b
 def trace_tree(
     model, empty=False, # `TinyLM` on a `TraceSpace`; the answers after an empty trace only
     prompts=None
@@ -814,6 +837,7 @@ def trace_tree(
     _, lp = grow(states, lp, s.answer_len)
     return lp.unflatten(-1, (P, -1) if empty else (P, len(s.traces), len(s.answers)))
 
+# %% ../../nbs/align/01_bench.ipynb #6552136f
 def trace_reference(
     space, seeds, width=32, layers=1, steps=250, bs=128
 ) -> TinyLM: # a stack [R]; frozen
@@ -846,6 +870,7 @@ def word_text(
     code = {w: i for i, w in enumerate(names)}
     return names+['_'], *(torch.tensor([code.get(w, n_words) for w in p]) for p in parts)
 
+# %% ../../nbs/align/01_bench.ipynb #23404734
 class WordLM(nn.Module):
     "A GRU language model over words. `response_logps` and the rest of `align.preferences` take it as it is."
     def __init__(self, vocab, width=96):
@@ -867,6 +892,7 @@ class WordLM(nn.Module):
             x, h = self.rnn(self.emb(out[-1]), h)
         return torch.cat(out, 1)
 
+# %% ../../nbs/align/01_bench.ipynb #a648a3ed
 def train_words(
     text,  # [n] int64, from `word_text`
     vocab, seed=0, steps=300, bs=32, length=32, width=96, lr=5e-3

@@ -46,6 +46,7 @@ def _check_targets(shape, vocab, targets):
         bad = (targets != IGNORE) & ((targets < 0) | (targets >= vocab))
         if bad.any(): raise ValueError(f"targets must lie in 0..{vocab-1}, or be {IGNORE} where nothing is scored; not so in row {_rows(bad)}")
 
+# %% ../../nbs/align/00_preferences.ipynb #c49002e1
 class _LogpsOfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, n, overwrite):
@@ -94,14 +95,19 @@ def token_logps(
     _check_targets(logits.shape[:-1], logits.shape[-1], targets)
     return _LogpsOfLogits.apply(logits, targets, _rows_chunk(logits, chunk), bool(overwrite))
 
-# %% ../../nbs/align/00_preferences.ipynb #012bee22
+# %% ../../nbs/align/00_preferences.ipynb #ac6e0041
+def _project(h, weight, bias, amp):
+    "The output layer, in the precision of autocast that was on in the forward pass (`amp`), also in the backward pass"
+    with torch.autocast(h.device.type, dtype=amp, enabled=amp is not None): return F.linear(h, weight, bias)
+
 class _LogpsOfHidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, bias, targets, n):
+        ctx.amp = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else None
         wide = torch.promote_types(h.dtype, torch.float32)
         out, lse = (torch.empty(len(h), dtype=wide, device=h.device) for _ in range(2))
         for s in range(0, len(h), n):
-            x = F.linear(h[s:s+n], weight, bias).to(wide)
+            x = _project(h[s:s+n], weight, bias, ctx.amp).to(wide)
             lse[s:s+n] = torch.logsumexp(x, -1)
             out[s:s+n] = x.gather(1, targets[s:s+n, None])[:, 0]-lse[s:s+n]
         ctx.save_for_backward(h, weight, bias, targets, lse)
@@ -118,7 +124,7 @@ class _LogpsOfHidden(torch.autograd.Function):
         db = torch.zeros_like(bias, dtype=lse.dtype) if need_b else None
         for s in range(0, len(h), n):
             g = grad[s:s+n, None]
-            p = F.linear(h[s:s+n], weight, bias).to(lse.dtype).sub_(lse[s:s+n, None]).exp_().mul_(-g)
+            p = _project(h[s:s+n], weight, bias, ctx.amp).to(lse.dtype).sub_(lse[s:s+n, None]).exp_().mul_(-g)
             p.scatter_add_(1, targets[s:s+n, None], g)
             if need_b: db += p.sum(0)
             p = p.to(h.dtype)
@@ -328,6 +334,7 @@ def ipo_loss(
         h = _finite((pc-rc)/chosen_lengths-(pr-rr)/rejected_lengths, **names)
     return _reduce((h-1/(2*beta)).square(), reduction)
 
+# %% ../../nbs/align/00_preferences.ipynb #5a3f4164
 def simpo_loss(
     policy_chosen_logps, policy_rejected_logps, # [..., B]
     chosen_lengths, rejected_lengths,           # [..., B] tokens of each response
@@ -342,6 +349,7 @@ def simpo_loss(
     d = _finite(pc/chosen_lengths-pr/rejected_lengths, **names)
     return _reduce(_smoothed(beta*d-gamma, label_smoothing), reduction)
 
+# %% ../../nbs/align/00_preferences.ipynb #b2c4862a
 def cpo_loss(
     policy_chosen_logps, policy_rejected_logps, # [..., B]
     beta=.1,
@@ -510,6 +518,7 @@ def clipped_surrogate(
     ratio = torch.exp((lp-lo.detach()).clamp(-60, 60))
     return -torch.minimum(ratio*a, ratio.clamp(1-eps_low, 1+eps_high)*a)
 
+# %% ../../nbs/align/00_preferences.ipynb #71551040
 def _scored(mask, **kw):
     "Numbers of tokens that don't count are replaced by 0: they may be anything"
     on = mask.bool()
@@ -565,6 +574,7 @@ def gae(
         out[..., t] = a
     return out*m, (out+values)*m
 
+# %% ../../nbs/align/00_preferences.ipynb #13b4e46f
 def ppo_loss(
     logp, logp_old, mask, advantages, # as in `grpo_loss`
     values=None, returns=None, # [..., B, T]: of the value head now, and what it should say (from `gae`)
