@@ -100,7 +100,7 @@ def madpo_loss(
     if w.shape != each.shape: raise ValueError(f"margins must have the shape of the log-probabilities, {tuple(each.shape)}, got {tuple(w.shape)}")
     return _reduce(w.to(each.device)*each, reduction)
 
-# %% ../../nbs/align/03_madpo.ipynb #5feac3cb
+# %% ../../nbs/align/03_madpo.ipynb #f4520698
 def precompute_margins(
     reward,  # `RewardModel`, a transformers model for sequence classification with one label, or any module (input_ids, attention_mask) -> [B]
     batches  # yields (chosen, rejected), each a mapping with input_ids [B, T] and, where there is padding, attention_mask
@@ -124,6 +124,7 @@ def precompute_margins(
     if (bad := ~m.isfinite()).any(): raise ValueError(f"the margin is not finite in row {_rows(bad)}")
     return m
 
+# %% ../../nbs/align/03_madpo.ipynb #88c6bcd5
 def kfold_margins(
     fit,    # (numbers of the pairs to train on, numbers of the pairs to judge) -> margins of the latter
     n, k=5, # pairs, folds
@@ -265,7 +266,7 @@ def coefficient(seed):
             'w, τ = 2': exact(spread(tau=2.)+[_steepest(partial(madpo_weight, tau=2.))], [.755, 1.103, .59], rtol=.01),
             'w, c_max = 4': exact(spread(c_max=4., tau=7.)[1], 1.419, rtol=.01)}
 
-# %% ../../nbs/align/03_madpo.ipynb #db525cae
+# %% ../../nbs/align/03_madpo.ipynb #8e70e0b1
 def _fit_two(m, w_for, w_against, ref, beta):
     "βh after LBFGS on the two logits of a policy, for a pair whose first response wins with probability σ(m)"
     z = ref.clone().requires_grad_()
@@ -294,6 +295,7 @@ def target_margin(seed):
         out[f'τ = {tau:g}, c(m) m'] = exact(effective_target_margin(hard, tau=tau), margin_coefficient(hard, tau=tau)*hard, rtol=1e-9)
     return out
 
+# %% ../../nbs/align/03_madpo.ipynb #544110d3
 @claim('madpo.M3', kind='phenomenon', paper='the targets of hard pairs are stretched, those of easy pairs shrunk')
 def amplified_and_damped(seed):
     "Target against margin: larger below τ, with the official clip and without; smaller above τ without the clip. τ = 7 and 2. Nothing is random here."
@@ -323,7 +325,7 @@ def what_the_clip_leaves(seed):
         out[f'τ = {tau:g}'] = bound((m-effective_target_margin(m, tau=tau))/(m-free), torch.sigmoid(-free))
     return out | {'values': exact(torch.cat([effective_target_margin(t([8.]), tau=7.), effective_target_margin(t([4.]), tau=2.)]), [7.998, 3.93], rtol=.005)}
 
-# %% ../../nbs/align/03_madpo.ipynb #ee828d9a
+# %% ../../nbs/align/03_madpo.ipynb #659860de
 def _tabular(seed, n=12, V=6):
     "Logits, reference logits, winners, losers and margins of a small random problem"
     g = torch.Generator().manual_seed(seed)
@@ -350,6 +352,7 @@ def convex(seed):
         out |= {f'eigenvalues, {name}': bound(-torch.stack(eig), 1e-10, atol=0.), f'gradient, {name}': bound(torch.stack(grads), 1., atol=1e-12), f'curvature, {name}': bound(torch.stack(curves), 1., atol=1e-12)}
     return out
 
+# %% ../../nbs/align/03_madpo.ipynb #b0c605ae
 @claim('madpo.M5', kind='bound', paper='robust to errors of the reward model')
 def robust(seed):
     "1,000 margins ~ N(0, 1.4²), errors ~ N(0, s²), s from 0 to 3: change of the gradient at most β Lip mean|error|; change of the optimum at most Lip |error|/μ (μ: least curvature on the way), and at most the slope of the target in the estimate; for small errors it is linear: exponent 1 within 5 %."
