@@ -93,6 +93,16 @@ p.sum().backward(); o.step()
 assert torch.allclose(p.data, torch.full((3,), .9))
 ''')
 
+def test_the_trained_gpt_comes_with_the_package(empty_env):
+    assert float(run(empty_env, '''
+import torch
+from paperbook.core.zoo import load_gpt, training_log
+model = load_gpt()
+x = torch.tensor([[0, *range(300, 310)]])
+assert model(x).logits.shape == (1, 11, 1024)
+print(training_log()['nats_per_token']['valid'])
+''')) < 3.1
+
 def test_missing_extra_is_named(empty_env):
     assert 'paperbook[course]' in run(empty_env, '''
 from paperbook.core.data import load

@@ -92,6 +92,81 @@ def test_labels_of_a_causal_model_are_shifted_and_padding_does_not_count(monkeyp
     for p, q in zip(a, b): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-9)
     with pytest.raises(ValueError, match='masked'): gnb_diagonal(model, dict(input_ids=ids, labels=torch.full_like(ids, -100)))
 
+def tiny(name, **kw):
+    import transformers as tf
+    torch.manual_seed(0)
+    size = dict(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    cls, config = dict(gpt2=(tf.GPT2LMHeadModel, dict(n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=16, bos_token_id=0, eos_token_id=0)), llama=(tf.LlamaForCausalLM, size),
+                       t5=(tf.T5ForConditionalGeneration, dict(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)),
+                       bart=(tf.BartForConditionalGeneration, dict(vocab_size=16, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                             encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None)),
+                       bert=(tf.BertForTokenClassification, dict(size, num_labels=3)))[name]
+    return cls(cls.config_class(**config, **kw)).eval()
+
+@pytest.mark.parametrize('name, shifts', [('gpt2', True), ('llama', True), ('t5', False), ('bart', False), ('bert', False)])
+def test_the_mask_is_where_the_loss_has_it(name, shifts):
+    "A label counts at the position whose loss it changes: position 4 carries label 5 in a causal model, and label 4 elsewhere"
+    model, ids = tiny(name), torch.randint(3, 16, (1, 8), generator=gen())
+    labels = torch.full_like(ids, -100); labels[0, 5] = 1
+    batch, seen = dict(input_ids=ids, labels=labels), []
+    at = S._targets(model, batch, -100)[0]
+    assert (at != -100).nonzero().flatten().tolist() == [4 if shifts else 5]
+    out = model(**batch)
+    want = F.cross_entropy(out.logits[0], at)
+    torch.testing.assert_close(out.loss, want)                         # the model's own loss has the same mask
+    assert all(e.isfinite().all() for e in gnb_diagonal(model, batch))
+
+def test_wrappers_do_not_hide_what_a_model_predicts():
+    model = tiny('gpt2')
+    assert S._is_causal(torch.compile(model)) and S._is_causal(nn.DataParallel(model)) and S._is_causal(nn.Sequential(model))
+
+def test_an_encoder_decoder_sees_its_labels():
+    "Its decoder's inputs come from them"
+    model, ids = tiny('t5'), torch.randint(3, 16, (2, 8), generator=gen())
+    assert torch.equal(S._call(model, dict(input_ids=ids, labels=ids)), model(input_ids=ids, labels=ids).logits)
+
+def test_a_frozen_layer_keeps_its_average_and_starts_clean_when_thawed():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(8, 4)
+    opt = Sophia(net.parameters())
+    net[0].requires_grad_(False); opt.update_hessian(gnb_diagonal(net, x))
+    assert net[0].weight not in opt.state and opt.state[net[2].weight]['refreshes'] == 1
+    net[0].requires_grad_(True); opt.update_hessian(gnb_diagonal(net, x))
+    assert opt.state[net[0].weight]['refreshes'] == 1 and opt.state[net[0].weight]['hessian'].any()
+
+@pytest.mark.parametrize('f', [lambda m, x: gnb_diagonal(m, x), lambda m, x: gnb_regression(m, x), lambda m, x: hutchinson_diagonal((m(x)*x.requires_grad_()[:, :1]).sum(), m.parameters()),
+                               lambda m, x: maybe_update_hessian(Sophia(m.parameters()), m, x, 0)])
+def test_an_all_frozen_model_is_said(f):
+    with pytest.raises(ValueError, match='frozen'): f(nn.Linear(4, 3).requires_grad_(False), torch.randn(5, 4))
+
+@pytest.mark.parametrize('train', [True, False])
+def test_an_estimate_between_forward_and_backward(train):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train(train), torch.randn(8, 4)
+    before = net[1].running_mean.clone()
+    loss = net(x).square().mean(); after = net[1].running_mean.clone()
+    gnb_diagonal(net, x); loss.backward()
+    assert torch.equal(net[1].running_mean, after) and torch.equal(before, after) != train
+
+def test_a_compiled_model_is_explained():
+    torch.manual_seed(0)
+    net = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), backend='aot_eager'); x = torch.randn(8, 4)
+    assert gnb_diagonal(net, x)[0].any()
+    with pytest.raises(RuntimeError, match='without it'): hutchinson_diagonal(net(x).square().mean(), net.parameters())
+
+def test_fastai_with_another_optimizer_and_with_frozen_layers():
+    import fastai.callback.progress
+    from fastai.optimizer import Adam
+    from fastai.learner import Learner
+    from paperbook.core.data import load
+    from paperbook.core.training import learner
+    dls, net = load('digits').dls(64), lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    learn = Learner(dls, net(), loss_func=F.cross_entropy, opt_func=Adam, cbs=SophiaCallback())
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='only of a Sophia'): learn.fit(1)
+    learn = learner(load('digits'), net(), Sophia, cbs=SophiaCallback(k=4)); learn.model[1].requires_grad_(False)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.model[1].weight not in learn.opt.opt.state
+
 def test_tied_embeddings_and_frozen_layers():
     model = tiny_llama(tie_word_embeddings=True, attn_implementation='eager')
     model.model.layers[0].requires_grad_(False)

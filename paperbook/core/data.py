@@ -93,6 +93,10 @@ def _repr_html_(self:Data):
     return f'<table><caption><b>{html.escape(self.name)}</b></caption>{body}</table>'
 
 # %% ../../nbs/core/03_data.ipynb #b5b040be
+class _Pairs(torch.utils.data.TensorDataset):
+    "A data set of tensors that `Learner.export` can leave behind"
+    def new_empty(self): return _Pairs(*(t[:0] for t in self.tensors))
+
 @patch
 def dls(self:Data,
     bs=64,      # batch size
@@ -105,8 +109,7 @@ def dls(self:Data,
     if bs > n and kw.get('drop_last', True): raise ValueError(f"bs={bs}, but {self.name} has {n} training items: there would be no full batch")
     _need('fastai')
     from fastai.data.core import DataLoaders
-    from torch.utils.data import TensorDataset
-    dls = DataLoaders.from_dsets(*(TensorDataset(*p) for p in (self.train, self.valid)), bs=bs, num_workers=0, device=kw.pop('device', torch.device('cpu')), **kw)
+    dls = DataLoaders.from_dsets(*(_Pairs(*p) for p in (self.train, self.valid)), bs=bs, num_workers=0, device=kw.pop('device', torch.device('cpu')), **kw)
     if self.classes: dls.c = self.classes
     return dls
 

@@ -23,7 +23,9 @@ from .elementwise import SinglePass
 class Estimates(list):
     "Estimates of the Hessian's diagonal, one a parameter, with `params`: the parameters that they belong to."
     def __init__(self, values, params): super().__init__(values); self.params = list(params)
-    def __add__(self, other): return Estimates([a+b for a, b in zip(self, other)], self.params)
+    def __add__(self, other):
+        if not isinstance(other, Estimates) or [id(p) for p in self.params] != [id(p) for p in other.params]: raise ValueError("only estimates of the same parameters can be added; give those of two models to update_hessian one after the other")
+        return Estimates([a+b for a, b in zip(self, other)], self.params)
     def __truediv__(self, n): return Estimates([a/n for a in self], self.params)
 
 # %% ../../nbs/optim/02_sophia.ipynb #b701c2e8
@@ -31,18 +33,24 @@ def _wide(x):
     "Half-precision tensors as float32; all others as they are"
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
+def _free(params):
+    "The parameters that are not frozen"
+    free = [p for p in params if p.requires_grad]
+    if not free: raise ValueError("none of the parameters requires a gradient, so there is no curvature to estimate; was the whole model frozen?")
+    return free
+
 def _local(t): "This process's part of a sharded tensor"; return t.to_local() if hasattr(t, 'to_local') else t
 def _total(t): "A 0-d tensor, sharded or not, as a number"; return (t.full_tensor() if hasattr(t, 'full_tensor') else t).item()
 
 # %% ../../nbs/optim/02_sophia.ipynb #1c4cc9c3
-_NO_SECOND = ("hutchinson_diagonal differentiates twice, and one of the model's operations has no second derivative ({}). The usual one is fused attention: "
+_NO_SECOND = ("hutchinson_diagonal differentiates twice, and one of the model's operations has no second derivative ({}). The usual ones are a model under `torch.compile`, which has to be given without it, and fused attention: "
               "run the model under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, or with attn_implementation='eager' in transformers; or use `gnb_diagonal`, which differentiates once")
 
 def _second(f, *args, **kw):
     "autograd.grad through a first derivative, or an error that says what to do"
     try: return f(*args, **kw)
     except RuntimeError as e:
-        if 'derivative for' in str(e) or 'double backward' in str(e) or 'differentiate twice' in str(e): raise RuntimeError(_NO_SECOND.format(str(e).split('\n')[0])) from e
+        if 'derivative for' in str(e) or 'double backward' in str(e) or 'differentiate twice' in str(e) or 'donated buffers' in str(e): raise RuntimeError(_NO_SECOND.format(str(e).split('\n')[0])) from e
         raise
 
 def _probe(p, dist, generator):
@@ -60,17 +68,17 @@ def hutchinson_diagonal(
 ) -> Estimates:      # may be negative
     """Unbiased estimate u ⊙ ∇²L u of the diagonal of the Hessian (the paper's Algorithm 1). `.grad` stays as it is.
 
-    Raises `ValueError` for bad options and a loss without a graph, `RuntimeError` where the model has no second derivative."""
+    Raises `ValueError` for bad options, a loss without a graph, and where all parameters are frozen, `RuntimeError` where the model has no second derivative."""
     params = list(params)
-    if n_samples < 1: raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    if not 1 <= n_samples < math.inf or n_samples != int(n_samples): raise ValueError(f"n_samples must be a whole number of at least 1, got {n_samples}")
     if dist not in ('gaussian', 'rademacher'): raise ValueError(f"dist must be 'gaussian' or 'rademacher', got {dist!r}")
-    if not torch.is_tensor(loss) or loss.numel() != 1 or not loss.requires_grad: raise ValueError("loss must be a scalar tensor that was computed with gradients on")
-    free = [p for p in params if p.requires_grad]
+    if not torch.is_tensor(loss) or loss.numel() != 1 or not loss.requires_grad: raise ValueError("loss must be a scalar tensor that was computed with gradients on, from parameters of which not all are frozen")
+    free = _free(params)
     grads = _second(torch.autograd.grad, loss.sum(), free, create_graph=True, allow_unused=True)
     if not any(g is not None for g in grads): raise ValueError("the loss depends on none of the parameters; under FSDP take `gnb_diagonal`")
     curved = [(p, g) for p, g in zip(free, grads) if g is not None and g.requires_grad]   # the others have a constant gradient: curvature 0
     total = {id(p): torch.zeros_like(_wide(p), requires_grad=False) for p in params}
-    for _ in range(n_samples if curved else 0):
+    for _ in range(int(n_samples) if curved else 0):
         us = [_probe(p, dist, generator) for p, _ in curved]
         hvp = _second(torch.autograd.grad, [g for _, g in curved], [p for p, _ in curved], us, retain_graph=True, allow_unused=True)
         for (p, _), u, v in zip(curved, us, hvp):
@@ -94,11 +102,15 @@ def _residual(logits, keep=None, generator=None):
 # %% ../../nbs/optim/02_sophia.ipynb #9bb8324a
 def _call(model, inputs):
     "The model's output for a tensor, a tuple of arguments or a dict of keyword arguments"
-    if isinstance(inputs, Mapping): out = model(**{k: v for k, v in inputs.items() if k not in ('labels', 'num_items_in_batch')})
+    drop = ('num_items_in_batch',) if _is_seq2seq(model) else ('labels', 'num_items_in_batch')   # an encoder-decoder makes its decoder's inputs from the labels
+    if isinstance(inputs, Mapping): out = model(**{k: v for k, v in inputs.items() if k not in drop})
     else: out = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     return getattr(out, 'logits', out)
 
-def _is_causal(model): return getattr(model, 'loss_type', '') == 'ForCausalLM' or type(model).__name__ == 'GPT'
+def _is_seq2seq(model): return getattr(getattr(model, 'config', None), 'is_encoder_decoder', False)
+
+_CAUSAL = 'ForCausalLM', 'LMHeadModel', 'ForConditionalGeneration', 'GPT' # ends of the names of classes
+def _is_causal(model): "Does it, or what a wrapper holds, predict the next token?"; return not _is_seq2seq(model) and any(type(m).__name__.endswith(_CAUSAL) for m in model.modules())
 
 def _targets(model, inputs, ignore_index):
     "The labels of a dict, put where their logits are: a causal language model predicts one to the left"
@@ -112,8 +124,7 @@ def _same_buffers(model):
     kept = [(b, b.clone()) for b in model.buffers()]
     try: yield
     finally:
-        with torch.no_grad():
-            for b, old in kept: b.copy_(old)
+        for b, old in kept: b.data.copy_(old)   # autograd need not know: a graph that saved them finds what it saved
 
 def _bare(model): "The model inside DDP, whose bookkeeping expects a `backward` after each forward"; return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
@@ -134,16 +145,18 @@ def _gnb(model, batches, output, residual, scale):
     "scale/B (Σ Jᵀr)² for every parameter; `output(inputs)` gives the outputs, `residual(outputs, i)` the residuals and their number"
     model = _bare(model)
     params, B, sums = list(model.parameters()), 0, None
-    free, fsdp = [p for p in params if p.requires_grad], _is_fsdp(model)
+    free, fsdp = _free(params), _is_fsdp(model)
     with torch.enable_grad(), _same_buffers(model):
         for i, inputs in enumerate(batches):
             out = output(model, inputs)
+            if not torch.is_tensor(out) or not out.is_floating_point(): raise TypeError(f"the model returned {type(out).__name__} where numbers with a graph were needed; say where its output is with logits_fn (predict_fn), a function of model and inputs")
+            if not out.requires_grad: raise ValueError("the model's output has no graph: it depends on none of the parameters that are not frozen, or was computed under torch.inference_mode")
             r, n = residual(out, i)
             gs = _through_backward([(out, r)], free) if fsdp else torch.autograd.grad(out, free, r, allow_unused=True)
             B += n
             sums = gs if sums is None else [b if a is None else a if b is None else a+b for a, b in zip(sums, gs)]
     if fsdp: B, sums = _over_ranks(B, sums, free)
-    if not B: raise ValueError("every position is masked, so there is nothing to estimate from; check ignore_index and the labels")
+    if not B: raise ValueError("the batch is empty or every position is masked, so there is nothing to estimate from; check the batch, the labels and ignore_index")
     if all(g is None for g in sums): raise ValueError("the outputs depend on none of the model's parameters")
     at = {id(p): g for p, g in zip(free, sums) if g is not None}
     return Estimates([_wide(at[id(p)]).square()*(scale/B) if id(p) in at else torch.zeros_like(_wide(p), requires_grad=False) for p in params], params)
@@ -175,12 +188,13 @@ def gnb_diagonal(
     """Gauss-Newton-Bartlett estimate of the diagonal of the Hessian of the mean cross-entropy (the paper's Algorithm 2). `.grad` stays as it is.
 
     Labels are drawn from the model: the real ones would give the empirical Fisher, which is something else. Runs the model in its present mode,
-    with dropout where training has it. Raises `ValueError` for fewer than two classes, targets of another shape, and where all is masked."""
+    with dropout where training has it. Raises `ValueError` for fewer than two classes, targets of another shape, and where all is masked or all frozen,
+    `TypeError` for a model that does not return a tensor or an output with `.logits`."""
     batches, ys = _micro(inputs, targets)
     def residual(logits, i):
         if logits.ndim < 2 or logits.shape[-1] < 2: raise ValueError(f"gnb_diagonal needs logits [..., classes] with at least 2 classes, got {list(logits.shape)}; for squared error use gnb_regression")
         y = ys[i] if ys[i] is not None else _targets(model, batches[i], ignore_index)
-        if y is not None and y.shape != logits.shape[:-1]: raise ValueError(f"targets {list(y.shape)} do not fit logits {list(logits.shape)}")
+        if y is not None and getattr(y, 'shape', None) != logits.shape[:-1]: raise ValueError(f"targets must be a tensor {list(logits.shape[:-1])}, to fit logits {list(logits.shape)} with the classes last, got {list(getattr(y, 'shape', [])) or type(y).__name__}")
         keep = None if y is None else y != ignore_index
         return _residual(logits, keep, generator), logits[..., 0].numel() if keep is None else int(keep.sum())
     return _gnb(model, batches, logits_fn or _call, residual, 1.)
@@ -208,7 +222,8 @@ def sophia_step(
 # %% ../../nbs/optim/02_sophia.ipynb #c4aeb4ba
 def _check_group(g):
     "Raise for options of a parameter group that make no sense"
-    (b1, b2), lr = g['betas'], float(g['lr'])
+    try: (b1, b2), lr = g['betas'], float(g['lr'])
+    except (TypeError, ValueError): raise ValueError(f"betas must be two numbers and lr one, got {g['betas']} and {g['lr']}") from None
     if not 0 <= lr < math.inf: raise ValueError(f"lr must be a number that is not negative, got {lr}")
     if not (0 <= b1 < 1 and 0 <= b2 < 1): raise ValueError(f"betas must be in [0, 1), got {g['betas']}")
     if not 0 < g['rho'] < math.inf: raise ValueError(f"rho must be positive, got {g['rho']}")
@@ -349,10 +364,12 @@ def update_hessian(self:Sophia,
     "h ← β₂h + (1-β₂)ĥ. Raises `ValueError` where number or shapes do not fit and `TypeError` for what is no tensor, before anything is changed."
     todo = self._matched(estimates)
     for p, b2, e in todo:
-        s, e = self._state(p), _local(e)
-        h, ok = _local(s['hessian']), e.isfinite()
+        s = self._state(p)
+        h = _local(s['hessian'])
+        e = _local(e).to(h)   # first, for it may overflow
+        ok = e.isfinite()
         self.skipped += e.numel()-int(ok.sum())
-        h.lerp_(torch.where(ok, e.to(h.dtype), h), 1-b2)
+        h.lerp_(torch.where(ok, e, h), 1-b2)
         s['refreshes'] += 1
 
 @patch
@@ -362,12 +379,12 @@ def _matched(self:Sophia, estimates):
     if torch.is_tensor(estimates) or estimates is None: raise ValueError("update_hessian needs one estimate a parameter, as a list")
     if isinstance(estimates, Estimates):
         at = {id(p): e for p, e in zip(estimates.params, estimates)}
-        values = [at.get(id(p)) for p, _ in rows]
-        if all(e is None for e in values): raise ValueError("these estimates belong to none of the optimizer's parameters; was the model copied after the optimizer was made?")
+        values = [at.get(id(p)) if p.requires_grad else None for p, _ in rows]   # of a frozen one the 0 is no estimate
+        if not any(id(p) in at for p, _ in rows): raise ValueError("these estimates belong to none of the optimizer's parameters; was the model copied after the optimizer was made?")
     else: values = list(estimates)
     if len(values) != len(rows): raise ValueError(f"update_hessian: {len(values)} estimates for {len(rows)} parameters")
     for (p, _), e in zip(rows, values):
-        if e is not None and not torch.is_tensor(e): raise TypeError(f"update_hessian: estimates must be tensors or None, got {type(e).__name__}")
+        if e is not None and (not torch.is_tensor(e) or e.is_complex()): raise TypeError(f"update_hessian: estimates must be real tensors or None, got {getattr(e, 'dtype', type(e).__name__)}")
         if e is not None and e.shape != p.shape: raise ValueError(f"update_hessian: estimate of shape {list(e.shape)} for a parameter of shape {list(p.shape)}")
     out = [(p, b, e) for (p, b), e in zip(rows, values) if e is not None]
     return [(p, b, _placed(e, p)) for p, b, e in out]
@@ -392,7 +409,8 @@ def _unclipped(g, s):
 # %% ../../nbs/optim/02_sophia.ipynb #0b96ebbf
 @patch
 def load_state_dict(self:Sophia, state_dict):
-    "As torch's, with the estimates' average in full precision."
+    "As torch's, with the estimates' average in full precision. Raises `ValueError` for the state of another optimizer."
+    if any(s and 'hessian' not in s for s in state_dict['state'].values()): raise ValueError("this is not the state of a Sophia: it has no 'hessian'. Start from an empty state instead")
     super(Sophia, self).load_state_dict(state_dict)
     saved = [i for g in state_dict['param_groups'] for i in g['params']]
     for i, p in zip(saved, [p for g in self.param_groups for p in g['params']]):
@@ -400,12 +418,22 @@ def load_state_dict(self:Sophia, state_dict):
         if 'hessian' in s and 'hessian' in self.state[p]: self.state[p]['hessian'] = s['hessian'].detach().clone().to(p.device, _wide(p[:0] if p.ndim else p).dtype)
 
 # %% ../../nbs/optim/02_sophia.ipynb #9e5a8e2e
-def _head(batch, fraction):
-    "The first rows of every tensor of a batch"
-    if torch.is_tensor(batch): return batch[:max(1, round(fraction*len(batch)))] if batch.ndim else batch
-    if isinstance(batch, Mapping): return {k: _head(v, fraction) for k, v in batch.items()}
-    return type(batch)(_head(v, fraction) for v in batch) if isinstance(batch, (tuple, list)) else batch
+def _parts(batch): return batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
 
+def _rows(batch):
+    "The length of the first tensor in a batch"
+    if torch.is_tensor(batch): return len(batch) if batch.ndim else None
+    return next((n for n in map(_rows, _parts(batch)) if n is not None), None)
+
+def _head(batch, fraction, rows=None):
+    "The first rows of every tensor of a batch; a tensor of another length, as one position for all, stays whole"
+    rows = _rows(batch) if rows is None else rows
+    if torch.is_tensor(batch): return batch[:max(1, round(fraction*rows))] if batch.ndim and len(batch) == rows else batch
+    if isinstance(batch, Mapping): return {k: _head(v, fraction, rows) for k, v in batch.items()}
+    if not isinstance(batch, (tuple, list)): return batch
+    return (tuple if isinstance(batch, tuple) else list)(_head(v, fraction, rows) for v in batch)
+
+# %% ../../nbs/optim/02_sophia.ipynb #b7e4f012
 def _average(estimates):
     "The mean over the processes of data-parallel training; sharded estimates are whole already"
     import torch.distributed as dist
@@ -422,10 +450,18 @@ def _estimate(estimator, model, batch, loss_fn, generator):
     if estimator == 'gnb_regression': return gnb_regression(model, x, generator=generator)
     return gnb_diagonal(model, x, targets=y, generator=generator)
 
+def _sophia_in(optimizer):
+    "The `Sophia` that a wrapper holds"
+    while not isinstance(optimizer, Sophia):
+        inner = getattr(optimizer, 'opt', getattr(optimizer, 'optimizer', None))
+        if inner is None: raise ValueError(f"the curvature can be refreshed only of a Sophia optimizer, got {type(optimizer).__name__}")
+        optimizer = inner
+    return optimizer
+
 _ESTIMATORS = 'gnb', 'gnb_regression', 'hutchinson'
 
 def _check_refresh(estimator, k, batch_fraction):
-    if not k >= 1 or k != int(k): raise ValueError(f"k must be a whole number of at least 1, got {k}")
+    if not 1 <= k < math.inf or k != int(k): raise ValueError(f"k must be a whole number of at least 1, got {k}")
     if not 0 < batch_fraction <= 1: raise ValueError(f"batch_fraction must be in (0, 1], got {batch_fraction}")
     if not callable(estimator) and estimator not in _ESTIMATORS: raise ValueError(f"estimator must be one of {', '.join(_ESTIMATORS)}, or a function of model and batch, got {estimator!r}")
 
@@ -445,17 +481,15 @@ def maybe_update_hessian(
     _check_refresh(estimator, k, batch_fraction)
     if estimator == 'hutchinson' and loss_fn is None: raise ValueError("estimator 'hutchinson' needs loss_fn=(model, batch) -> scalar")
     if step % k: return False
-    while not isinstance(optimizer, Sophia):
-        optimizer = getattr(optimizer, 'opt', getattr(optimizer, 'optimizer', None))
-        if optimizer is None: raise ValueError("maybe_update_hessian needs a Sophia optimizer")
-    with torch.enable_grad(): optimizer.update_hessian(_average(_estimate(estimator, _bare(model), _head(batch, batch_fraction), loss_fn, generator)))
+    with torch.enable_grad(): _sophia_in(optimizer).update_hessian(_average(_estimate(estimator, _bare(model), _head(batch, batch_fraction), loss_fn, generator)))
     return True
 
 # %% ../../nbs/optim/02_sophia.ipynb #66a6cce1
 class SophiaCallback:
     """fastai callback: refreshes the curvature every `k` steps, in any `Learner` whose optimizer is `Sophia`. Its attribute win_rates is a list of (step, win rate).
 
-    It counts real steps, not the batches of gradient accumulation. Raises `ImportError` without fastai, `ValueError` for bad options."""
+    It counts real steps, not the batches of gradient accumulation; the estimate comes from the last of these. Raises `ImportError` without fastai,
+    `ValueError` for bad options and for another optimizer."""
     def __new__(cls, *args, **kwargs): return object.__new__(_as_callback(cls))
     def __init__(self,
         estimator='gnb', k=10, batch_fraction=.5 # as for `maybe_update_hessian`; 'hutchinson' takes the Learner's loss
@@ -468,12 +502,12 @@ class SophiaCallback:
         "Refresh on a part of the batch that the step was computed from."
         n = len(self.learn.xb)
         loss_fn = lambda model, b: self.learn.loss_func(model(*b[:n]), *b[n:])
-        new = self.steps == 0 or not any(s.get('refreshes') for s in self.learn.opt.opt.state.values())   # a new fit may have a new optimizer
+        new = self.steps == 0 or not any(s.get('refreshes') for s in _sophia_in(self.learn.opt).state.values())   # a new fit may have a new optimizer
         maybe_update_hessian(self.learn.opt, self.learn.model, (*self.learn.xb, *self.learn.yb), 0 if new else self.steps, self.k, self.estimator, self.batch_fraction, loss_fn)
         self.steps += 1
     def after_step(self):
         "Log the win rate of the steps that had a fresh estimate."
-        if (self.steps-1) % self.k == 0: self.win_rates.append((self.steps-1, self.learn.opt.opt.win_rate()))
+        if (self.steps-1) % self.k == 0: self.win_rates.append((self.steps-1, _sophia_in(self.learn.opt).win_rate()))
     def __reduce__(self): return SophiaCallback, (self.estimator, self.k, self.batch_fraction), {k: v for k, v in self.__dict__.items() if k != 'learn'}
 
 @lru_cache
@@ -486,7 +520,7 @@ def _as_callback(cls):
 def sophia_trainer_callback(
     k=10, batch_fraction=.5, estimator='gnb' # as for `maybe_update_hessian`; 'hutchinson' takes the model's own loss
 ):
-    "A `TrainerCallback` for transformers' `Trainer(optimizers=(Sophia(...), None))`. Raises `ImportError` without transformers, `ValueError` for bad options."
+    "A `TrainerCallback` for transformers' `Trainer(optimizers=(Sophia(...), None))`. Under gradient accumulation the estimate comes from the last micro-batch. Raises `ImportError` without transformers, `ValueError` for bad options."
     _check_refresh(estimator, k, batch_fraction)
     try: from transformers import TrainerCallback
     except ImportError: raise ImportError("this needs transformers: pip install 'paperbook[hf]'") from None
@@ -685,16 +719,15 @@ def _toy_run(method, lr, other, steps=400):
     for i in range(1, steps+1):
         g = _toy_grad(t)
         if method == 'Sophia': t, _ = sophia_step(t, 0., _toy_curv(t), g, lr, 0., other, 0.)
-        elif method == 'Adam':      # `other` is β₁; β₂ = .999 with β₁ = .9, else .95
-            b2 = torch.where(other == .9, .999, .95)
-            m, v = other*m+(1-other)*g, b2*v+(1-b2)*g*g
-            t = t-lr*(m/(1-other**i))/((v/(1-b2**i)).sqrt()+1e-8)
+        elif method == 'Adam':      # `other` is β₁
+            m, v = other*m+(1-other)*g, .999*v+.001*g*g
+            t = t-lr*(m/(1-other**i))/((v/(1-.999**i)).sqrt()+1e-8)
         else: t = t-lr*(g if method == 'GD' else g.sign() if method == 'SignGD' else g/_toy_curv(t))
         path.append(t)
     return torch.stack(path)
 
 _LRS12, _LRS36 = ([float(o) for o in 10**torch.linspace(-3, .5, n, dtype=torch.float64)] for n in (12, 36))
-_TOY = dict(Sophia=(_LRS12*3, [.5]*12+[1.]*12+[2.]*12), Adam=(_LRS12*3, [.9]*12+[.8]*12+[0.]*12), SignGD=(_LRS36, [0.]*36), GD=(_LRS36, [0.]*36), Newton=([1.], [0.]))
+_TOY = dict(Sophia=(_LRS12*3, [.5]*12+[1.]*12+[2.]*12), Adam=(_LRS12*3, [.9]*12+[.8]*12+[.7]*12), SignGD=(_LRS36, [0.]*36), GD=(_LRS36, [0.]*36), Newton=([1.], [0.]))
 
 @lru_cache
 def _toy_best():
@@ -959,7 +992,7 @@ def fig_estimators():
     for s, name, c in ((d[d > 0], 'positive', 'blue'), (-d[d < 0], 'negative', 'vermillion')):
         ax.hist(s.log10(), bins=np.linspace(-6, 0, 31), color=COLORS[c], alpha=.75, label=f'{name} ({len(s)})')
     ax.set(xlabel='log₁₀ of |∂²L/∂θᵢ²|', ylabel='weights', title='Curvatures differ'); ax.legend()
-    for a, k, name, n in ((bx, 'rademacher', 'Hutchinson, ±1', 'Hessian'), (cx, 'gnb', 'GNB', 'Gauss–Newton')):
+    for a, k, name, n in ((bx, 'rademacher', 'Hutchinson (±1) scatters', 'Hessian'), (cx, 'gnb', 'GNB is never negative', 'Gauss–Newton')):
         x, draws = o['true'][k], o['draws'][k]
         a.plot(x, draws[0], '.', ms=2, color='.7', label='one draw'); a.plot(x, draws[:300].mean(0), '.', ms=4, color=COLORS['blue'], label='mean of 300')
         lim = float(x.max())*1.3
@@ -977,7 +1010,7 @@ def fig_runtime():
     ax.contour(A, B, _toy(torch.stack([A, B], -1)), levels=np.geomspace(.05, 20, 14), colors='0.8', linewidths=.6)
     for (k, (n, path, _)), c, s in zip(_toy_best().items(), ('blue', 'purple', 'green', 'orange', 'vermillion'), ('o-', '-', '--', '-.', ':')):
         ax.plot(*path.T, s, ms=3, lw=1.3, color=COLORS[c], label=f"{k}: {f'{n:.0f} steps' if n < math.inf else 'never'}")
-    ax.plot(1, 4, 'k*', ms=9, zorder=5); ax.set(xlabel='weight a', ylabel='weight b', xlim=(-.5, 1.5), ylim=(-.5, 5), title='Each at its best of 36 settings'); ax.legend(loc='lower left', fontsize=7)
+    ax.plot(1, 4, 'k*', ms=9, zorder=5); ax.set(xlabel='weight a', ylabel='weight b', xlim=(-.5, 1.5), ylim=(-.5, 5), title='Sophia needs the fewest steps'); ax.legend(loc='lower left', fontsize=7)
     ks, share = torch.tensor(_KAPPAS), .01
     bx.plot(ks, [_reached(_quadratic_run(share, k)) for k in _KAPPAS], 'o-', color=COLORS['blue'], label='clipped Newton')
     bx.plot(ks, [_sign_gd([share], k).min() for k in _KAPPAS], 's--', color=COLORS['green'], label='SignGD, best of 60')
@@ -1000,10 +1033,10 @@ def fig_comparisons():
     fig, (ax, bx, cx) = subplots(1, 3, width=8.8, height=2.9)
     for k, name, kind, c, s in (('Sophia', 'Sophia, exact', 'exact', 'sky', '--'), ('Sophia', 'Sophia, GNB', 'gnb', 'blue', '-'), ('Adam', 'Adam', 'exact', 'orange', '-'), ('SignGD', 'SignGD', 'exact', 'green', '-.'), ('GD', 'GD', 'exact', 'purple', ':')):
         ax.plot(_bigram_curves(k, seeds, kind).mean(1).amin(0).clamp_min(1e-5), s, color=COLORS[c], label=name)
-    ax.axhline(.01, color='k', lw=.7, ls=':'); ax.set(yscale='log', xlim=(0, 60), ylim=(1e-4, 5), xlabel='step', ylabel='excess loss (nats)', title='Bigrams, full batch'); ax.legend(fontsize=7)
+    ax.axhline(.01, color='k', lw=.7, ls=':'); ax.set(yscale='log', xlim=(0, 60), ylim=(1e-4, 5), xlabel='step', ylabel='excess loss (nats)', title='Bigrams: before GD, after Adam'); ax.legend(fontsize=7)
     runs = [('Sophia', 150), ('AdamW', 150), ('Lion', 150), ('AdamW', 300)]
     for row in torch.stack([_final(n, seeds, h) for n, h in runs]).T: bx.plot(range(4), row, 'o-', color='.6', lw=.8, ms=3.5)
-    bx.set(xticks=range(4), xticklabels=[f'{n}\n{h}' for n, h in runs], xlabel='optimizer, steps', ylabel='test loss (nats/character)', title='Characters, small GPT')
+    bx.set(xticks=range(4), xticklabels=[f'{n}\n{h}' for n, h in runs], xlabel='optimizer, steps', ylabel='test loss (nats/character)', title='GPT: level, but not 2× faster')
     base = dict(_LM['Sophia', 150])
     wins = _lm('Sophia', seeds, tuple(tuple({**base, 'rho': r}.items()) for r in _GAMMAS), 100)[2]
     for j, (r, c) in enumerate(zip(_GAMMAS, ('sky', 'blue', 'vermillion'))): band(cx, range(0, 100, 10), wins[:, j].T, label=f'γ = {r:g}', color=COLORS[c])
