@@ -10,7 +10,7 @@ __all__ = ['LION_SHAPES', 'bench_lion', 'bench_sophia', 'bench_preferences', 'ru
 # %% ../nbs/benchmarks.ipynb #f8dabaef
 import difflib, importlib
 import torch
-from .core.bench import Bench, Target, interleaved, machine, memory_bandwidth, peak_memory, peak_memory
+from .core.bench import Bench, Target, interleaved, machine, memory_bandwidth, peak_memory, peak_memory, peak_memory
 
 # %% ../nbs/benchmarks.ipynb #e0c8d5aa
 _benches = {}
@@ -98,7 +98,7 @@ def bench_preferences(quick=False):
     "The DPO loss on 8 pairs, forward and backward, against TRL, from logits and from hidden states; peak memory."
     from paperbook.align.preferences import dpo_loss, token_logps, token_logps_from_hidden
     F, pairs, g = torch.nn.functional, 8, torch.Generator().manual_seed(0)
-    T, V, D = (64, 4000, 16) if quick else (512, 32_000, 256)
+    T, V, D = (128, 8000, 16) if quick else (512, 32_000, 256)
     logits = torch.randn(2*pairs, T, V, generator=g).requires_grad_()
     own = logits.detach().clone().requires_grad_()                                       # the one that is overwritten
     ids, t = torch.randint(V, (2*pairs, T), generator=g), max(T//4, 2)

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# %% ../../nbs/align/00_preferences.ipynb #a48f9b75
+# %% ../../nbs/align/00_preferences.ipynb #eb26bbbd
 IGNORE = -100   # a target that is not scored, as in F.cross_entropy
-_CHUNK = dict(cpu=1 << 18, other=1 << 26)   # entries of the logits that are worked on at once
+_CHUNK = dict(cpu=1 << 21, other=1 << 26)   # entries of the logits that are worked on at once
 
 def _inspects(*ts):
     "May we look at values? Not while a graph is traced, nor inside vmap and its like"
@@ -51,34 +51,30 @@ class _LogpsOfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, n, overwrite):
         flat, t = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-        on = t != IGNORE
-        t = t.clamp_min(0)[:, None]
+        on, t = t != IGNORE, t.clamp_min(0)[:, None]
         wide = torch.promote_types(logits.dtype, torch.float32)
-        out, lse = (torch.zeros(len(t), dtype=wide, device=t.device) for _ in range(2))
-        some = [bool(b.any()) for b in on.split(n)]
+        out = torch.zeros(len(t), dtype=wide, device=t.device)
+        count, piece = [int(b.sum()) for b in on.split(n)], flat.new_empty(min(n, len(t)), flat.shape[-1], dtype=wide)
         for i, s in enumerate(range(0, len(t), n)):
-            if not some[i]: continue
-            x = flat[s:s+n].to(wide)
-            lse[s:s+n] = torch.logsumexp(x, -1)
-            out[s:s+n] = x.gather(1, t[s:s+n])[:, 0]-lse[s:s+n]
-        ctx.save_for_backward(logits, t, on, lse)
-        ctx.n, ctx.some, ctx.overwrite = n, some, overwrite
+            k = t[s:s+n]
+            if count[i]: out[s:s+n] = torch.log_softmax(flat[s:s+n], -1, dtype=wide, out=piece[:len(k)]).gather(1, k)[:, 0]
+        ctx.save_for_backward(logits, t, on)
+        ctx.n, ctx.count, ctx.overwrite, ctx.wide = n, count, overwrite, wide
         return torch.where(on, out, 0.).view(targets.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        logits, t, on, lse = ctx.saved_tensors
-        n, flat = ctx.n, logits.reshape(-1, logits.shape[-1])
-        g = torch.where(on, grad.reshape(-1), 0.)[:, None]
-        out = flat if ctx.overwrite else torch.empty_like(flat)
+        logits, t, on = ctx.saved_tensors
+        n, flat, g = ctx.n, logits.reshape(-1, logits.shape[-1]), grad.reshape(-1, 1)
+        out, piece = flat if ctx.overwrite else torch.empty_like(flat), flat.new_empty(min(n, len(t)), flat.shape[-1], dtype=ctx.wide)
         for i, s in enumerate(range(0, len(t), n)):
             o = out[s:s+n]
-            if not ctx.some[i]: o.zero_(); continue
-            p = o if o.dtype == lse.dtype else torch.empty_like(o, dtype=lse.dtype)
-            torch.sub(flat[s:s+n], lse[s:s+n, None], out=p).exp_().mul_(-g[s:s+n])
-            p.scatter_add_(1, t[s:s+n], g[s:s+n])
-            if p is not o: o.copy_(p)
+            if not ctx.count[i]: o.zero_(); continue
+            p = torch.softmax(flat[s:s+n], -1, dtype=ctx.wide, out=piece[:len(o)])
+            if o.dtype == p.dtype: torch.mul(p, -g[s:s+n], out=o).scatter_add_(1, t[s:s+n], g[s:s+n])
+            else: o.copy_(p.mul_(-g[s:s+n]).scatter_add_(1, t[s:s+n], g[s:s+n]))
+            if ctx.count[i] < len(o): o.masked_fill_(~on[s:s+n, None], 0)
         return out.view(logits.shape), None, None, None
 
 # %% ../../nbs/align/00_preferences.ipynb #e40c040e
@@ -105,27 +101,23 @@ class _LogpsOfHidden(torch.autograd.Function):
     def forward(ctx, h, weight, bias, targets, n):
         ctx.amp = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else None
         wide = torch.promote_types(h.dtype, torch.float32)
-        out, lse = (torch.empty(len(h), dtype=wide, device=h.device) for _ in range(2))
-        for s in range(0, len(h), n):
-            x = _project(h[s:s+n], weight, bias, ctx.amp).to(wide)
-            lse[s:s+n] = torch.logsumexp(x, -1)
-            out[s:s+n] = x.gather(1, targets[s:s+n, None])[:, 0]-lse[s:s+n]
-        ctx.save_for_backward(h, weight, bias, targets, lse)
-        ctx.n = n
+        out = torch.empty(len(h), dtype=wide, device=h.device)
+        for s in range(0, len(h), n): out[s:s+n] = torch.log_softmax(_project(h[s:s+n], weight, bias, ctx.amp), -1, dtype=wide).gather(1, targets[s:s+n, None])[:, 0]
+        ctx.save_for_backward(h, weight, bias, targets)
+        ctx.n, ctx.wide = n, wide
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        h, weight, bias, targets, lse = ctx.saved_tensors
+        h, weight, bias, targets = ctx.saved_tensors
         n, (need_h, need_w, need_b) = ctx.n, ctx.needs_input_grad[:3]
         dh = torch.empty_like(h) if need_h else None
-        dw = torch.zeros_like(weight, dtype=lse.dtype) if need_w else None
-        db = torch.zeros_like(bias, dtype=lse.dtype) if need_b else None
+        dw = torch.zeros_like(weight, dtype=ctx.wide) if need_w else None
+        db = torch.zeros_like(bias, dtype=ctx.wide) if need_b else None
         for s in range(0, len(h), n):
             g = grad[s:s+n, None]
-            p = _project(h[s:s+n], weight, bias, ctx.amp).to(lse.dtype).sub_(lse[s:s+n, None]).exp_().mul_(-g)
-            p.scatter_add_(1, targets[s:s+n, None], g)
+            p = torch.softmax(_project(h[s:s+n], weight, bias, ctx.amp), -1, dtype=ctx.wide).mul_(-g).scatter_add_(1, targets[s:s+n, None], g)
             if need_b: db += p.sum(0)
             p = p.to(h.dtype)
             if need_h: torch.mm(p, weight, out=dh[s:s+n])
