@@ -10,10 +10,11 @@ __all__ = ['PROJECTIONS', 'BLOCK_ORDERS', 'Indices', 'Basis', 'projector', 'frug
 
 # %% ../../nbs/optim/03_frugal.ipynb #fr-imports
 import math, re
+from copy import deepcopy
 from functools import lru_cache
 import torch
 from fastcore.basics import patch
-from ..core.claims import claim, figure, exact, bound, compare, trend, cost
+from ..core.claims import claim, figure, exact, bound, compare
 from .elementwise import SinglePass
 
 # %% ../../nbs/optim/03_frugal.ipynb #fr-indices
@@ -182,12 +183,19 @@ _KERNELS = dict(
     sgdm=SinglePass('m = lerp(m, g, w); p = p*keep - lr*m;', ('m',), _full),
     sign=SinglePass('p = p*keep - lr*sgn(g);', (), _free), sgd=SinglePass('p = p*keep - lr*g;', (), _free), none=None)
 
+def _chunks(lists, most=2**24):
+    "The rows of the lists in pieces of at most so many numbers, or of one tensor: a step's temporaries stay small"
+    size, piece = 0, []
+    for row in zip(*lists):
+        if piece and size+row[0].numel() > most: yield piece; size, piece = 0, []
+        piece.append(row); size += row[0].numel()
+    yield piece
+
 def _run(g, rule, *lists, **scalars):
     "Run a rule over lists of tensors by the way that suits the group `g`"
     k, f = _KERNELS[rule], _RULES[rule]
     if k and g['fused'] is not False and not g['foreach'] and k.takes(*lists): return k(*lists, **scalars)
-    if g['foreach'] is not False: return f(*lists, **scalars)
-    for row in zip(*lists): f(*[[t] for t in row], **scalars)    # one temporary at a time
+    for piece in [list(zip(*lists))] if g['foreach'] else _chunks(lists, 0 if g['foreach'] is False else 2**24): f(*map(list, zip(*piece)), **scalars)
 
 def _rates(g, step, lr, keep):
     "The scalars of a rule with states at its `step`th step"
@@ -654,28 +662,26 @@ def convergence_bound(
     return 2*gap/(lr*steps) + (L*lr+q*q)*var_free + ((1-beta)+1/((1-beta)*period))*var_full
 
 # %% ../../nbs/optim/03_frugal.ipynb #fr-c8b
-def _bound_run(kind, beta, rho, period, seed, copies=64, steps=200, sigma=.1, d=40):
-    "Mean squared gradient norm along the runs, and the bound"
+def _bound_run(beta, rho, period, seed, copies=32, steps=200, sigma=.1, d=40):
+    "Mean squared gradient norm along the runs, and the bound, for both landscapes, [2] each"
     g = torch.Generator().manual_seed(seed)
-    f, grad = _landscape(kind, g, d)
-    lr = min(.75, .5*(1-beta)/beta)
-    p = torch.nn.Parameter(2*torch.randn(d, generator=g, dtype=torch.float64).expand(copies, d).clone())
+    lands, lr, k = [_landscape(kind, g, d) for kind in ('quadratic', 'not convex')], min(.75, .5*(1-beta)/beta), int(rho*d)
+    p = torch.nn.Parameter(2*torch.randn(d, generator=g, dtype=torch.float64).expand(2*copies, d).clone())
     opt = Frugal([p], lr, (beta, .9), density=rho, update_gap=period, projection='columns', state_full='sgdm', state_free='sgd', generator=g)
-    gap, norms = float(f(p.detach())[0]), []
+    gaps, norms = [float(f(p.detach())[0]) for f, _ in lands], 0
     for _ in range(steps):
-        with torch.no_grad(): G = grad(p)
-        norms.append(G.square().sum(1).mean())
+        G = torch.cat([grad(x) for (_, grad), x in zip(lands, p.detach().chunk(2))])
+        norms = norms+G.square().sum(1).view(2, copies).mean(1)
         p.grad = G+sigma*torch.randn(p.shape, generator=g, dtype=p.dtype)
         opt.step()
-    k = int(rho*d)
-    return float(sum(norms)/steps), convergence_bound(gap, steps, lr, beta, period, 1., k*sigma**2, (d-k)*sigma**2)
+    return (norms/steps).tolist(), [convergence_bound(o, steps, lr, beta, period, 1., k*sigma**2, (d-k)*sigma**2) for o in gaps]
 
-_BOUND = [(k, b, r, T) for k in ('quadratic', 'not convex') for b in (.5, .9) for r in (0., .25, .5, 1.) for T in (20, 200)]
+_BOUND = [(b, r, T) for b in (.5, .9) for r in (0., .25, .5, 1.) for T in (20, 200) if r or T == 200]
 
 @claim('frugal.C8', kind='theorem', paper='SGD with momentum on changing coordinates and SGD on the rest converge, between the guarantees of SGD and SGDM')
 def convergence(seed):
-    "d = 40, L = 1, noise of variance 0.01 a coordinate, 64 copies, 200 steps, β ∈ {0.5, 0.9}, ρ ∈ {0, 0.25, 0.5, 1}, T ∈ {20, 200}, a quadratic and a function that is not convex: mean squared gradient norm against inequality (2)."
-    return bound(*map(list, zip(*[_bound_run(*o, seed) for o in _BOUND])))
+    "d = 40, L = 1, noise of variance 0.01 a coordinate, 32 copies, 200 steps, β ∈ {0.5, 0.9}, ρ ∈ {0, 0.25, 0.5, 1}, T ∈ {20, 200}, a quadratic and a function that is not convex: mean squared gradient norm against inequality (2)."
+    return bound(*(torch.tensor(o) for o in zip(*[_bound_run(*o, seed) for o in _BOUND])))
 
 # %% ../../nbs/optim/03_frugal.ipynb #fr-lm
 _SIZES = dict(book=dict(width=32, blocks=1, heads=2, length=32, bs=16, steps=150, gap=10), lab=dict(width=48, blocks=2, heads=4, length=48, bs=12, steps=400, gap=20))
@@ -708,7 +714,7 @@ _METHODS = { # name -> (options of Frugal, what is projectable besides the linea
     'BAdam': (dict(projection='block', block_order='descending', state_free='none'), ()),
     'FRUGAL, SVD': (_SVD, ()), 'FRUGAL, blocks': (dict(projection='block', block_order='descending'), ()), 'FRUGAL, columns': (dict(projection='columns'), ()),
     'FRUGAL, random': (dict(projection='random'), ()), 'FRUGAL, no reset': (dict(_SVD, reset_states=False), ()), 'ρ = 0': (dict(density=0.), ()),
-    **{f'{kind}, ρ = {r:g}': (dict(projection=kind, density=r), ()) for kind in ('svd', 'columns', 'block') for r in (.125, .5, 1.)},
+    **{f'FRUGAL, {name}, ρ = {r:g}': (dict(o, density=r), ()) for name, o in (('SVD', _SVD), ('blocks', dict(projection='block', block_order='descending'))) for r in (.125, .5, 1.)},
     'state-free: + norms': (dict(density=0.), ('norms',)), 'state-free: + embeddings': (dict(density=0.), ('embeddings',)), 'state-free: + head': (dict(density=0.), ('head',)),
     'state-free: everything': (dict(density=0.), ('norms', 'embeddings', 'head'))}
 
@@ -719,7 +725,7 @@ def _groups(stack, method, views, seeds, gap):
     return [dict(params=[v[n] for n in g['names']], projectable=g['projectable'], seed=s, update_gap=gap, **opts) for v, s in zip(views, seeds) for g in split]
 
 def _optimizer(stack, method, views, seeds, gap, lr):
-    if method.startswith('AdamW'): return torch.optim.AdamW([p for v in views for p in v.values()], lr, betas=(.9, .95 if 'clip' in method else .999), weight_decay=0., foreach=True)
+    if method.startswith('AdamW'): return torch.optim.AdamW([p for v in views for p in v.values()], lr, betas=(.9, .95 if 'clip' in method else .999), weight_decay=0., fused=True)
     return Frugal(_groups(stack, method, views, seeds, gap), lr)
 
 # %% ../../nbs/optim/03_frugal.ipynb #fr-train
@@ -736,7 +742,7 @@ def _lm(method, seeds, scale='book', lr=None):
     stack = Stack(lambda: _Characters(**z), seeds)
     at, start = list(range(len(seeds))), {k: v.detach().clone() for k, v in stack.params.items()}
     views = stack.views(at)
-    opt = _optimizer(stack, method, views, seeds, z['gap'], lr or _LR[scale][method])
+    opt = _optimizer(stack, method, views, seeds, z['gap'], lr or _LR[scale][method.split(', ρ = ')[0]])
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min(1., 10*(t+1)/z['steps'])*SCHEDULES['cosine'](t/z['steps']))
     for i in torch.stack([batches(len(X), z['bs'], z['steps'], s) for s in seeds], 1):
         for p in stack.params.values(): p.grad = None
@@ -752,8 +758,10 @@ def _lm(method, seeds, scale='book', lr=None):
 def _ranks(method, seeds, scale): "Mean effective rank of the change of the linear layers, [seeds]"; return torch.stack([s.sum(-1)**2/s.square().sum(-1) for s in _lm(method, seeds, scale)['change'].values()]).mean(0)
 
 # %% ../../nbs/optim/03_frugal.ipynb #fr-lrs
-_GRID = 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3
-_LR = dict(book={k: 4e-3 for k in ('AdamW', 'AdamW, clip', *_METHODS)}, lab={k: 4e-3 for k in ('AdamW', 'AdamW, clip', *_METHODS)})
+_LR = dict(
+    book={'AdamW': .008, 'AdamW, clip': .016, 'GaLore': .256, 'random only': .064, 'BAdam': .016, 'FRUGAL, SVD': .016, 'FRUGAL, blocks': .008, 'FRUGAL, columns': .008, 'FRUGAL, random': .008, 'FRUGAL, no reset': .016,
+          'ρ = 0': .008, 'state-free: + norms': .016, 'state-free: + embeddings': .016, 'state-free: + head': .008, 'state-free: everything': .016},
+    lab={})
 
 # %% ../../nbs/optim/03_frugal.ipynb #fr-c2
 _GPTS = 'small GPTs on characters: 18,000 weights and 150 steps at book scale, 63,000 and 400 at lab scale'
@@ -762,8 +770,8 @@ _GPTS = 'small GPTs on characters: 18,000 weights and 150 steps at book scale, 6
 def full_rank(seeds, scale='book'):
     "Rank of the first update of a random 32 × 24 matrix with r = 6: GaLore 6, FRUGAL 24. Over training: effective rank of the linear layers' change, FRUGAL (blocks, SVD) against GaLore and BAdam."
     def first(make, s):
-        W = torch.randn(32, 24, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
-        return int(torch.linalg.matrix_rank(_steps(make, W, [W.flip(0)])-W))
+        G = torch.randn(32, 24, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
+        return int(torch.linalg.matrix_rank(_steps(make, torch.zeros_like(G), [G])))
     rank = {k: _ranks(k, tuple(seeds), scale) for k in ('GaLore', 'BAdam', 'FRUGAL, blocks', 'FRUGAL, SVD')}
     return [{'one step': exact([first(lambda p: GaLore(p, rank=6), s), first(lambda p: Frugal(p, projection='svd'), s)], [6, 24], rtol=0),
              **{f'{a} against {b}': compare(rank[f'FRUGAL, {a}'][i], rank[b][i], better='higher') for a in ('blocks', 'SVD') for b in ('GaLore', 'BAdam')}} for i, s in enumerate(seeds)]
@@ -797,8 +805,9 @@ def which_modules(seeds, scale='book'):
     return [{'head hurts': compare(head[i], lin[i], better='higher'), 'more than norms': compare(head[i], norms[i], better='higher'), 'more than embeddings': compare(head[i], emb[i], better='higher'),
              'everything is worst': compare(all_[i], max(o[i] for o in (lin, norms, emb, head)), better='higher')} for i in range(len(seeds))]
 
-@claim('frugal.C7', kind='comparison', paper='a random subspace beats the SVD where the rest is thrown away; with the rest, the SVD is as good or best', batched=True, scope=_GPTS)
-def random_or_svd(seeds, scale='book'):
+@claim('frugal.C7', kind='comparison', paper='a random subspace beats the SVD where the rest is thrown away; with the rest, the SVD is as good or best', batched=True, scope=_GPTS,
+       at='lab', needs='`paperbook verify frugal --scale lab --only C7`, 10 minutes on one core')
+def random_or_svd(seeds, scale='lab'):
     "Test loss. Rule none: random subspace with resets against GaLore. Rule sign: SVD against a random subspace, columns and blocks, at most 0.02 nats worse."
     low = _pairs(seeds, scale, {'thrown away: random against SVD': ('random only', 'GaLore')})
     kept = _pairs(seeds, scale, {f'kept: SVD against {o}': ('FRUGAL, SVD', f'FRUGAL, {o}') for o in ('random', 'columns', 'blocks')}, within=.02)
@@ -854,17 +863,55 @@ def _tune(how, seed, lr=None, steps=150):
     from paperbook.core.training import batches, SCHEDULES
     net, (x, y), (tx, ty) = _pretrained(seed)
     torch.manual_seed(seed)
-    import copy
-    net = copy.deepcopy(net); opt = _tuner(how, net, lr or _TUNE_LR[how])
+    net = deepcopy(net); opt = _tuner(how, net, lr or _TUNE_LR[how])
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min(1., (t+1)/9)*SCHEDULES['cosine'](t/steps))     # 6 % warm-up
     for i in batches(300, 32, steps, seed): opt.zero_grad(); torch.nn.functional.cross_entropy(net(x[i]), y[i]).backward(); opt.step(); sched.step()
     with torch.no_grad(): return float((net(tx).argmax(1) == ty).float().mean())
 
 # %% ../../nbs/optim/03_frugal.ipynb #fr-c9b
-_TUNE_LR = {k: 1e-2 for k in _TUNED}
+_TUNE_LR = {'columns, rank 8': .064, 'columns, rank 0': .128, 'LoRA': .016, 'GaLore': .128, 'full': .032} # each the best of 8 or more, six seeds that the ledger does not use
 
 @claim('frugal.C9', kind='comparison', paper='works in fine-tuning, with states for 8 columns or none', number='GLUE, RoBERTa-base: matches or exceeds LoRA and GaLore', scope='a network of 9,000 weights on 300 turned digits')
 def fine_tuning(seed):
     "Accuracy on turned digits after 150 steps, c = 0.1: 8 columns and none against LoRA and GaLore of rank 8 and against tuning everything; at most 1 point below each."
     acc = {k: _tune(k, seed) for k in _TUNED}
     return {f'{a[-6:]} against {b}': compare(acc[a], acc[b], better='higher', within=.01) for a in _TUNED[:2] for b in _TUNED[2:]}
+
+# %% ../../nbs/optim/03_frugal.ipynb #fr-figs
+def _fresh():
+    from paperbook.core.settings import settings
+    return tuple(settings.seeds)
+
+@figure('frugal', 'spectrum')
+def fig_spectrum():
+    "Left: singular values of the change of the layers over training, as a share of their sum, for AdamW, GaLore, BAdam and FRUGAL; those of FRUGAL and AdamW fall most slowly. Right: effective rank of the change for each method, a dot a seed."
+    from paperbook.core.plots import subplots, COLORS
+    names = dict(zip(('AdamW', 'GaLore', 'BAdam', 'FRUGAL, blocks', 'FRUGAL, SVD'), ('black', 'orange', 'green', 'sky', 'blue')))
+    fig, (ax, bx) = subplots(1, 2, width=7.8, height=2.9)
+    for j, ((k, c), ls) in enumerate(zip(names.items(), ('-', '--', '-.', ':', '-'))):
+        s = torch.cat([v for v in _lm(k, _fresh(), 'book')['change'].values()])
+        ax.plot(range(1, s.shape[1]+1), (s/s.sum(1, keepdim=True)).mean(0), ls, color=COLORS[c], label=k)
+        r = _ranks(k, _fresh(), 'book'); bx.plot([j]*len(r), r, 'o', color=COLORS[c], ms=4); bx.plot(j, r.mean(), '_', color=COLORS[c], ms=16)
+    ax.set(yscale='log', xlabel='direction', ylabel='share of the sum', title='Change of the linear layers'); ax.legend(fontsize=7)
+    bx.set(xticks=range(len(names)), ylabel='effective rank (of 32)', title='How many directions moved', xlabel='method')
+    bx.set_xticklabels([n.replace(', ', ',\n') for n in names], fontsize=7)
+    return fig
+
+# %% ../../nbs/optim/03_frugal.ipynb #fr-figm
+@figure('frugal', 'memory')
+def fig_memory():
+    "Left: test loss against bytes of optimizer state for FRUGAL with SVD and with blocks at five densities, and for AdamW, GaLore and BAdam. Right: test loss with more and more modules state-free, a line a seed."
+    from paperbook.core.plots import subplots, COLORS
+    seeds = _fresh()
+    fig, (ax, bx) = subplots(1, 2, width=8.2, height=3)
+    at = lambda k, s=seeds: (_lm(k, s, 'book')['bytes']/1000, float(_lm(k, s, 'book')['test'][0]))
+    for name, c, m in (('SVD', 'blue', 'o-'), ('blocks', 'sky', 's--')):
+        xs = [at('ρ = 0')] + [at(f'FRUGAL, {name}, ρ = {r:g}', seeds[:1]) if r != .25 else at(f'FRUGAL, {name}') for r in (.125, .25, .5, 1.)]
+        ax.plot(*zip(*xs), m, color=COLORS[c], ms=4, label=f'FRUGAL, {name}, ρ = 0 to 1')
+    for name, c, m in (('AdamW', 'black', '*'), ('AdamW, clip', 'purple', '*'), ('GaLore', 'orange', '^'), ('BAdam', 'green', 'v')): ax.plot(*at(name), m, color=COLORS[c], ms=7, label=name)
+    ax.set(xlabel='optimizer state (kB)', ylabel='test loss (nats/character)', title='Memory against loss'); ax.legend(fontsize=6.5)
+    names = ['ρ = 0', *(f'state-free: {o}' for o in ('+ norms', '+ embeddings', '+ head', 'everything'))]
+    for row in torch.stack([_lm(k, seeds, 'book')['test'] for k in names]).T: bx.plot(range(5), row, 'o-', color='.6', lw=.8, ms=3.5)
+    bx.set(xticks=range(5), ylabel='test loss (nats/character)', title='What else goes without states', xlabel='state-free parameters')
+    bx.set_xticklabels(['linear', '+ norms', '+ embed-\ndings', '+ head', 'every-\nthing'], fontsize=7)
+    return fig
