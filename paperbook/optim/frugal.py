@@ -761,7 +761,7 @@ def _ranks(method, seeds, scale): "Mean effective rank of the change of the line
 _LR = dict(
     book={'AdamW': .008, 'AdamW, clip': .016, 'GaLore': .256, 'random only': .064, 'BAdam': .016, 'FRUGAL, SVD': .016, 'FRUGAL, blocks': .008, 'FRUGAL, columns': .008, 'FRUGAL, random': .008, 'FRUGAL, no reset': .016,
           'ρ = 0': .008, 'state-free: + norms': .016, 'state-free: + embeddings': .016, 'state-free: + head': .008, 'state-free: everything': .016},
-    lab={})
+    lab={**{k: .008 for k in ('AdamW', 'AdamW, clip', *_METHODS)}, 'GaLore': .064, 'random only': .064, 'state-free: everything': .016})
 
 # %% ../../nbs/optim/03_frugal.ipynb #fr-c2
 _GPTS = 'small GPTs on characters: 18,000 weights and 150 steps at book scale, 63,000 and 400 at lab scale'
