@@ -139,6 +139,16 @@ def test_no_temporaries_of_the_matrix_size_for_picked_entries():
             with Largest() as seen: opt.step()
             assert seen.most <= limit*256*256, (kind, seen.most)
 
+@pytest.mark.parametrize('reset', [True, False])
+def test_options_may_change_in_the_middle_of_a_run(reset):
+    "Projection, density and rules of a group, in the middle of a period"
+    p = nn.Parameter(torch.randn(8, 6, generator=gen())); opt = Frugal([p], .01, update_gap=3, reset_states=reset, projection='columns')
+    g, t = opt.param_groups[0], 0
+    for change in (*(dict(projection=k) for k in (*PROJECTIONS, *PROJECTIONS[::-1])), dict(density=.5), dict(density=0.), dict(density=1.), dict(state_full='lion'), dict(state_full='adamw'), dict(state_free='sgd'), dict(projection='block', density=.9)):
+        g.update(change)
+        for _ in range(4): t += 1; p.grad = torch.randn(8, 6, generator=gen(t)); opt.step()
+    assert p.isfinite().all()
+
 def test_add_a_group_later_and_pickle():
     import pickle
     p, q = (nn.Parameter(torch.randn(4, 4)) for _ in 'pq'); opt = Frugal([p], projection='svd')

@@ -342,20 +342,22 @@ def _part(X, p):
 
 # %% ../../nbs/optim/03_frugal.ipynb #fr-states
 @patch
-def _states(self:Frugal, g, p, make):
-    "The states of a parameter one step on, made where there are none"
+def _states(self:Frugal, g, p, make, like=None):
+    "The states of a parameter one step on, made where there are none, or none of the shape of `like`"
     s, names = self.state[p], _STATES[g['state_full']]
-    if names[-1] not in s: s.update(step=0, **{n: make() for n in names})
+    if names[-1] not in s or like is not None and _local(s[names[-1]]).shape != like.shape: s.update(step=0, **{n: make() for n in names})
     s['step'] += 1
     return s
 
+def _prepared(g, s, period): "Was this state made for the period, and by the present projection?"; return s.get('period') == period and s.get('kind') == PROJECTIONS.index(g['projection'])
+
 @patch
 def _renew(self:Frugal, g, p, period):
-    "Forget the states of the last period"
-    s = self.state[p]
-    if s.get('period') == period: return False
-    if g['reset_states']: s.clear()
-    s['period'] = period
+    "Forget the states of the last period, and those of another projection. Was there something to forget?"
+    s, kind = self.state[p], PROJECTIONS.index(g['projection'])
+    if _prepared(g, s, period): return False
+    if g['reset_states'] or s.get('kind') != kind: s.clear()
+    s.update(period=period, kind=kind)
     return True
 
 @patch
@@ -385,7 +387,7 @@ def _low_step(self:Frugal, g, rows, period):
         if P.k:
             low = P.down(G)
             x = torch.zeros_like(low) if isinstance(P, Basis) else P.down(X)
-            self._states(g, p, lambda: _wrap(torch.zeros_like(low), p, whole))
+            self._states(g, p, lambda: _wrap(torch.zeros_like(low), p, whole), low)
         k = keep if own else 1.
         if isinstance(P, Basis): _free_basis(g, X, G, P, low, lr, k)
         else:
@@ -467,7 +469,7 @@ def _check_gradients(self:Frugal, g, rows):
     period = g['clock']//g['update_gap']
     for i, p in rows:
         if p.grad.is_sparse: raise RuntimeError(f"Frugal needs dense gradients, and that of {_name(g, i)} is sparse; make the embedding with sparse=False")
-        if g['projection'] in ('svd', 'svd_full') and _is_projectable(g, p) and self.state.get(p, {}).get('period') != period:
+        if g['projection'] in ('svd', 'svd_full') and _is_projectable(g, p) and not _prepared(g, self.state.get(p, {}), period):
             if not (p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad).isfinite().all():
                 raise RuntimeError(f"the gradient of {_name(g, i)} is not finite, and its SVD is due; clip the gradient or skip the step")
 
