@@ -886,7 +886,7 @@ def _fresh():
 
 @figure('frugal', 'spectrum')
 def fig_spectrum():
-    "Left: singular values of the change of the layers over training, as a share of their sum, for AdamW, GaLore, BAdam and FRUGAL; those of FRUGAL and AdamW fall most slowly. Right: effective rank of the change for each method, a dot a seed."
+    "Left: singular values of the change of the layers over training, as a share of their sum, for AdamW, GaLore, BAdam and FRUGAL; those of FRUGAL fall most slowly. Right: effective rank of the change for each method, a dot a seed."
     from paperbook.core.plots import subplots, COLORS
     names = dict(zip(('AdamW', 'GaLore', 'BAdam', 'FRUGAL, blocks', 'FRUGAL, SVD'), ('black', 'orange', 'green', 'sky', 'blue')))
     fig, (ax, bx) = subplots(1, 2, width=7.8, height=2.9)
