@@ -8,9 +8,9 @@ Docs: https://paperbook.github.io/paperbook/nbs/benchmarks.html.md"""
 __all__ = ['LION_SHAPES', 'bench_lion', 'bench_sophia', 'bench_preferences', 'run', 'bench_frugal']
 
 # %% ../nbs/benchmarks.ipynb #f8dabaef
-import difflib, importlib
+import difflib, importlib, statistics, time
 import torch
-from .core.bench import Bench, Target, interleaved, machine, memory_bandwidth, peak_memory, peak_memory, peak_memory
+from .core.bench import Bench, Target, interleaved, machine, memory_bandwidth, peak_memory
 
 # %% ../nbs/benchmarks.ipynb #e0c8d5aa
 _benches = {}

@@ -20,6 +20,7 @@ def test_preferences_have_the_targets_and_half_of_the_memory():
     assert {(t.ours, t.theirs, t.at_most) for t in b.targets} == {(f'from {k}', f'TRL from {p}', 1.) for k, p in (('logits', 'logits'), ('logits, overwriting', 'logits'), ('hidden states', 'hidden states'))}
     assert b.peak['from logits'] <= .6*b.peak['TRL from logits'] and b.peak['from logits, overwriting'] < .2*b.logits
     assert any('at most 0.60' in n for n in b.notes)
+
 def test_frugal_has_the_targets():
     d = benchmarks.run(['frugal'], quick=True)['frugal']
     assert {(t['ours'], t['theirs'], t['at_most']) for t in d['targets']} == {(f'FRUGAL, {k}', p, m) for k in ('block', 'columns') for p, m in (('galore-torch', .7), ('AdamW (foreach)', 1.5))}
