@@ -65,6 +65,24 @@ def test_cpo_and_simpo_are_trls(beta):
     same(cpo_loss(*x, beta=beta, alpha=.7, chosen_lengths=lens[0]), trl_cpo('sigmoid', *x, beta).mean()+.7*nll, x)
     same(cpo_loss(*x, beta=beta, alpha=1.), trl_cpo('sigmoid', *x, beta).mean()-x[0].mean(), x)
 
+@pytest.mark.parametrize('kind', ['sigmoid', 'ipo'])
+def test_a_real_trainers_batch_gives_its_loss(kind, tmp_path):
+    trl, datasets = pytest.importorskip('trl'), pytest.importorskip('datasets')
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from paperbook.core.zoo import model_path
+    lm, ref = (AutoModelForCausalLM.from_pretrained(model_path()) for _ in range(2))
+    with torch.no_grad():
+        for p in lm.parameters(): p.add_(.01*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    ds = datasets.Dataset.from_list([dict(prompt='And God said,', chosen=' Let there be light: and there was light.', rejected=' I am the LORD.'), dict(prompt='Blessed are', chosen=' the meek', rejected=' they that hear the words of this book, and keep it.')])
+    tr = trl.DPOTrainer(lm, ref, args=trl.DPOConfig(output_dir=str(tmp_path), loss_type=[kind], per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False, beta=.1), train_dataset=ds, processing_class=AutoTokenizer.from_pretrained(model_path()))
+    b = next(iter(tr.get_train_dataloader()))
+    batch, n = (b['input_ids'], b['completion_mask'], b['attention_mask']), b['completion_mask'].sum(1).chunk(2)
+    theirs = tr.compute_loss(tr.model, b)
+    with torch.no_grad(): base = response_logps(ref, *batch).sum(1).chunk(2)
+    for fused in (False, True):
+        pol = response_logps(tr.model, *batch, fused=fused).sum(1).chunk(2)
+        close(dpo_loss(*pol, *base, beta=.1) if kind == 'sigmoid' else ipo_loss(*pol, *base, beta=.1, chosen_lengths=n[0], rejected_lengths=n[1]), theirs, rtol=1e-5, atol=1e-6)
+
 def test_token_logps_are_trls():
     utils = pytest.importorskip('trl.trainer.utils')
     g = torch.Generator().manual_seed(0)
