@@ -65,6 +65,24 @@ def test_cpo_and_simpo_are_trls(beta):
     same(cpo_loss(*x, beta=beta, alpha=.7, chosen_lengths=lens[0]), trl_cpo('sigmoid', *x, beta).mean()+.7*nll, x)
     same(cpo_loss(*x, beta=beta, alpha=1.), trl_cpo('sigmoid', *x, beta).mean()-x[0].mean(), x)
 
+@pytest.mark.parametrize('kind', ['sigmoid', 'ipo'])
+def test_a_real_trainers_batch_gives_its_loss(kind, tmp_path):
+    trl, datasets = pytest.importorskip('trl'), pytest.importorskip('datasets')
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from paperbook.core.zoo import model_path
+    lm, ref = (AutoModelForCausalLM.from_pretrained(model_path()) for _ in range(2))
+    with torch.no_grad():
+        for p in lm.parameters(): p.add_(.01*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    ds = datasets.Dataset.from_list([dict(prompt='And God said,', chosen=' Let there be light: and there was light.', rejected=' I am the LORD.'), dict(prompt='Blessed are', chosen=' the meek', rejected=' they that hear the words of this book, and keep it.')])
+    tr = trl.DPOTrainer(lm, ref, args=trl.DPOConfig(output_dir=str(tmp_path), loss_type=[kind], per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False, beta=.1), train_dataset=ds, processing_class=AutoTokenizer.from_pretrained(model_path()))
+    b = next(iter(tr.get_train_dataloader()))
+    batch, n = (b['input_ids'], b['completion_mask'], b['attention_mask']), b['completion_mask'].sum(1).chunk(2)
+    theirs = tr.compute_loss(tr.model, b)
+    with torch.no_grad(): base = response_logps(ref, *batch).sum(1).chunk(2)
+    for fused in (False, True):
+        pol = response_logps(tr.model, *batch, fused=fused).sum(1).chunk(2)
+        close(dpo_loss(*pol, *base, beta=.1) if kind == 'sigmoid' else ipo_loss(*pol, *base, beta=.1, chosen_lengths=n[0], rejected_lengths=n[1]), theirs, rtol=1e-5, atol=1e-6)
+
 def test_token_logps_are_trls():
     utils = pytest.importorskip('trl.trainer.utils')
     g = torch.Generator().manual_seed(0)
@@ -86,6 +104,10 @@ def test_grpo_and_rloo_are_trls():
         me.model.training = True
         theirs = trl.GRPOTrainer._compute_loss(me, None, dict(prompt_ids=torch.zeros(B, 1, dtype=torch.long), prompt_mask=torch.ones(B, 1), completion_ids=torch.zeros(B, T, dtype=torch.long), completion_mask=mask.long(), advantages=adv, old_per_token_logps=old, ref_per_token_logps=ref, num_items_in_batch=mask.sum()))
         same(grpo_loss(lp, old, mask, adv, .2, .28, ref, .1, agg=agg)[0], theirs, [lp])
+        # a row without tokens, as a response that was cut off, adds nothing but counts as a row
+        cut = mask & (torch.arange(B) != 3)[:, None]
+        theirs = trl.GRPOTrainer._compute_loss(me, None, dict(prompt_ids=torch.zeros(B, 1, dtype=torch.long), prompt_mask=torch.ones(B, 1), completion_ids=torch.zeros(B, T, dtype=torch.long), completion_mask=cut.long(), advantages=adv, old_per_token_logps=old, ref_per_token_logps=ref, num_items_in_batch=cut.sum()))
+        same(grpo_loss(lp, old, cut, adv, .2, .28, ref, .1, agg=agg)[0], theirs, [lp])
     r = torch.rand(3, 4, generator=g)
     close(rloo_advantages(r), r-(r.sum(1, keepdim=True)-r)/3)
     close(group_advantages(r), (r-r.mean(1, keepdim=True))/(r.std(1, keepdim=True)+1e-4))
@@ -173,6 +195,66 @@ def test_models_that_change_their_logits_are_refused_when_fused():
     assert response_logps(m, ids, resp).shape == (1, 3)
     with pytest.raises(ValueError, match='final_logit_softcapping'): response_logps(m, ids, resp, fused=True)
     with pytest.raises(ValueError, match='fused=False'): response_logps(GRU(), ids, resp, fused=True)
+    from transformers import AutoModelForCausalLM, BertConfig, ModernBertDecoderConfig, RecurrentGemmaConfig
+    size = dict(vocab_size=40, hidden_size=16, intermediate_size=32, num_attention_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    for cfg, words in ((BertConfig(num_hidden_layers=1, is_decoder=True, **size), 'more than its body'), (ModernBertDecoderConfig(num_hidden_layers=1, cls_token_id=1, sep_token_id=2, **size), 'more than its body'),
+                       (RecurrentGemmaConfig(num_hidden_layers=3, num_key_value_heads=1, lru_width=16, **size), 'logits_soft_cap')):
+        m = AutoModelForCausalLM.from_config(cfg)
+        modes = [x.training for x in m.modules()]
+        with pytest.raises(ValueError, match=words): response_logps(m, ids, resp, fused=True)
+        assert modes == [x.training for x in m.modules()]
+
+def test_adapters_are_read_or_refused():
+    peft = pytest.importorskip('peft')
+    ids, resp = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    lora = lambda **kw: peft.LoraConfig(task_type='CAUSAL_LM', r=2, init_lora_weights=False, **kw)
+    base = response_logps(tiny('llama'), ids, resp)
+    for cfg in (lora(target_modules=['q_proj']), lora(target_modules=['q_proj', 'lm_head']), lora(target_modules=['q_proj'], modules_to_save=['lm_head'])):
+        m = peft.get_peft_model(tiny('llama'), cfg)
+        got = response_logps(m, ids, resp)
+        close(got, F.pad(m(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0], (1, 0))*resp)
+        with m.disable_adapter(): close(response_logps(m, ids, resp), base)
+        if type(m.get_output_embeddings()) is nn.Linear:
+            fused = response_logps(m, ids, resp, fused=True)
+            close(fused, got)
+            ps = [p for p in m.parameters() if p.requires_grad]
+            for a, b in zip(*(torch.autograd.grad(o.sum(), ps) for o in (got, fused))): close(a, b, rtol=1e-4, atol=1e-5)
+        else:
+            for n in (m, m.get_base_model()):
+                with pytest.raises(ValueError, match='output layer'): response_logps(n, ids, resp, fused=True)
+    m = peft.get_peft_model(tiny('llama'), peft.PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=2))
+    for fused, words in ((True, 'before the prompt'), (False, 'one target a position')):
+        with pytest.raises(ValueError, match=words): response_logps(m, ids, resp, fused=fused)
+
+def test_the_books_gpt_is_read_like_any_other():
+    from paperbook.core.zoo import load_gpt, load_tokens
+    gpt, rows = load_gpt(), [r.tolist() for r in load_tokens()['test'][:60].split([30, 20, 10])]
+    (a, am), (b, bm) = padded(rows, 'left'), padded(rows, 'right')
+    want = response_logps(gpt, b, response_mask(bm, 4), bm).sum(1)
+    close(want[0], -F.cross_entropy(gpt(torch.tensor(rows[:1])).logits[0, 3:-1], torch.tensor(rows[0][4:]), reduction='sum'), rtol=1e-5, atol=1e-5)
+    for fused in (False, True): close(response_logps(gpt, a, response_mask(am, 4), am, fused=fused).sum(1), want, rtol=1e-5, atol=1e-4)
+    close(RewardModel(gpt.model, 128)(a, am).shape, torch.Size([3]))
+
+def test_going_backward_twice():
+    m, ids, resp = tiny('gpt2').eval(), torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[0, 1, 1], [0, 1, 1]])
+    ps = list(m.parameters())
+    both = lambda l: [torch.autograd.grad(l[i], ps, retain_graph=i == 0) for i in range(2)]
+    got = both(response_logps(m, ids, resp, overwrite=False).sum(1))
+    for i in range(2):
+        for a, b in zip(got[i], torch.autograd.grad(response_logps(m, ids[i:i+1], resp[i:i+1]).sum(), ps)): close(a, b, rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError, match='overwrite=False'): both(response_logps(m, ids, resp).sum(1))
+
+def test_the_weights_of_a_table_are_not_written_over():
+    t = nn.Parameter(torch.zeros(1, 5, 40))
+    response_logps(lambda x: t[:, :x.shape[1]], torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 1]])).sum().backward()
+    assert (t == 0).all() and t.grad.abs().sum() > 0
+
+def test_data_parallel_wrappers_and_tuples():
+    class Wrapped(nn.DataParallel):
+        def forward(self, *a, **kw): return self.module(*a, **kw)
+    g, ids, resp = GRU(), torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 1]])
+    want = response_logps(g, ids, resp)
+    close(response_logps(Wrapped(g), ids, resp), want); close(response_logps(lambda x: (g(x), None), ids, resp), want)
 
 def test_a_model_that_returns_log_probabilities_keeps_them():
     g = GRU(); f = lambda x: g(x).log_softmax(-1)
@@ -204,7 +286,20 @@ def test_k3_never_overflows_and_keeps_its_direction():
     k = approx_kl(x, torch.zeros(6)); k.sum().backward()
     assert torch.isfinite(k).all() and (k >= 0).all() and (x.grad.sign() == x.detach().sign()).all()
 
+def test_equal_values_give_no_advantage():
+    for v in (.1, .3, .7, 1000.1):
+        for n in (3, 7, 10, 1000):
+            x = torch.full((2, n), v)
+            assert (group_advantages(x) == 0).all() and (whiten(x) == 0).all() and (whiten(x, torch.rand(2, n) < .7) == 0).all()
+    x, m = torch.randn(3, 4, 5), torch.rand(3, 4, 5) < .6
+    w = whiten(x, m)
+    for i in range(3): close(w[i][m[i]], whiten(x[i][m[i]])); close(w[i][m[i]].std(correction=0), torch.tensor(1.))
+    assert (w[~m] == 0).all() and whiten(torch.tensor([1, 2, 3])).dtype == torch.float32
+
 def test_masked_tokens_may_be_anything():
+    a, ret = gae(torch.tensor([[0., 1., math.nan]]), torch.tensor([[0., 0., math.inf]]), torch.tensor([[1, 1, 0]]), 1., 1.)
+    close(a, torch.tensor([[1., 1., 0.]])); close(ret, a)
+    assert torch.isfinite(grpo_loss(-torch.ones(2, 2), None, torch.tensor([[1, 1], [0, 0]]), torch.tensor([1., math.nan]))[0])
     lp = torch.tensor([[-1., -math.inf], [-2., math.nan]], requires_grad=True)
     m = torch.tensor([[1, 0], [1, 0]])
     l, _ = grpo_loss(lp, torch.full((2, 2), -1.5), m, torch.tensor([1., -1.]), logp_ref=torch.full((2, 2), -1.), beta=.1)
@@ -253,13 +348,14 @@ def test_autocast_reaches_the_backward_pass_of_the_fused_head():
     (lambda x: cpo_loss(x[0], x[1], alpha=-1), 'alpha'), (lambda x: bradley_terry_loss(x[0], x[1][:2]), 'shape'),
     (lambda x: group_advantages(torch.ones(3, 1)), 'at least two'), (lambda x: rloo_advantages(torch.tensor([[1., math.nan], [0., 0.]])), r'row \(0, 1\)'),
     (lambda x: grpo_loss(-torch.ones(2, 3), None, torch.ones(2, 3), torch.ones(2), beta=-1), 'beta'), (lambda x: grpo_loss(-torch.ones(2, 3), None, torch.ones(2, 3), torch.ones(2), beta=.1), 'logp_ref'),
-    (lambda x: grpo_loss(-torch.ones(2, 3), None, torch.zeros(2, 3), torch.ones(2)), 'mask is all zero'), (lambda x: grpo_loss(-torch.ones(2, 3), None, torch.tensor([[1, 0, 0], [0, 0, 0]]), torch.ones(2), agg='sequence'), 'row 1'),
+    (lambda x: grpo_loss(-torch.ones(2, 3), None, torch.zeros(2, 3), torch.ones(2)), 'mask is all zero'), (lambda x: grpo_loss(-torch.ones(2, 3), None, torch.zeros(2, 3), torch.ones(2), agg='sequence'), 'mask is all zero'),
+    (lambda x: grpo_loss(-torch.ones(2, 3), None, torch.ones(2, 3), torch.tensor([1., math.nan])), 'advantages is not finite in row 1'),
     (lambda x: grpo_loss(torch.tensor([[-1., math.nan]]), None, torch.ones(1, 2), torch.ones(1)), 'logp is not finite in row 0'), (lambda x: grpo_loss(-torch.ones(2, 3), None, torch.ones(2, 3), torch.ones(3)), 'advantages'),
     (lambda x: grpo_loss(-torch.ones(2, 3), None, torch.ones(2, 3), torch.ones(2), agg='mean'), 'agg must be'), (lambda x: approx_kl(x[0], x[1], 'k4'), 'kind'), (lambda x: gae(torch.ones(3), torch.ones(3), torch.ones(3), 1.2), 'gamma'),
     (lambda x: ppo_loss(-torch.ones(2, 3), None, torch.ones(2, 3), torch.ones(2), values=torch.ones(2, 3)), 'go together'),
     (lambda x: token_logps(torch.zeros(2, 3), torch.tensor([0, 3])), 'row 1'), (lambda x: token_logps(torch.zeros(2, 3), torch.tensor([0])), 'one target a position'), (lambda x: token_logps(torch.zeros(2, 3), torch.tensor([0, 1]), chunk=0), 'chunk'),
     (lambda x: token_logps_from_hidden(torch.zeros(2, 3), torch.zeros(5, 4), torch.tensor([0, 1])), 'width 3'),
-    (lambda x: bradley_terry_labels(torch.ones(2), torch.ones(3)), 'one shape'), (lambda x: bradley_terry_labels(torch.ones(2), torch.ones(2), reliability=1.2), 'reliability'), (lambda x: bradley_terry_labels(torch.ones(2), torch.ones(2), scale=0), 'scale'),
+    (lambda x: bradley_terry_labels(torch.ones(2), torch.ones(3)), 'one shape'), (lambda x: bradley_terry_labels(torch.ones(2), torch.ones(2), reliability=1.2), 'reliability'), (lambda x: bradley_terry_labels(torch.ones(2), torch.ones(2), reliability=math.nan), 'reliability'), (lambda x: bradley_terry_labels(torch.tensor([0., math.nan]), torch.ones(2)), 'not finite in row 1'), (lambda x: bradley_terry_labels(torch.ones(2), torch.ones(2), scale=0), 'scale'),
     (lambda x: bradley_terry_labels(torch.ones(2), torch.ones(2), reliability=[.9, .8], annotator=torch.tensor([0, 2])), '0..1'),
 ])
 def test_bad_values_raise(call, words):
@@ -278,6 +374,8 @@ def test_bad_batches_name_the_row():
                               ([[0, 1, 1], [0, 1, 1]], [[1, 1, 1], [1, 1, 0]], 'scores padding in row 1'), ([[0, 1, 2], [0, 1, 1]], None, '0 and 1'), ([[0, 1], [0, 1]], None, 'shape of the ids')):
         with pytest.raises(ValueError, match=words): response_logps(g, ids, torch.tensor(resp), None if mask is None else torch.tensor(mask))
     with pytest.raises(ValueError, match='row 1 has no token after its prompt'): response_mask(torch.ones(2, 3), torch.tensor([1, 3]))
+    for mask, n in ((torch.ones(3, 4), torch.tensor([1, 2])), (torch.ones(4), 1), (torch.ones(1, 4), 1.5)):
+        with pytest.raises(ValueError, match='a whole number a row'): response_mask(mask, n)
 
 # --- reward models
 

@@ -11,7 +11,7 @@ __all__ = ['token_logps', 'token_logps_from_hidden', 'response_logps', 'response
            'gae', 'ppo_loss']
 
 # %% ../../nbs/align/00_preferences.ipynb #7f628ccc
-import inspect, math
+import inspect, math, weakref
 from dataclasses import dataclass
 from numbers import Integral, Real
 import torch
@@ -59,13 +59,14 @@ class _LogpsOfLogits(torch.autograd.Function):
             k = t[s:s+n]
             if count[i]: out[s:s+n] = torch.log_softmax(flat[s:s+n], -1, dtype=wide, out=piece[:len(k)]).gather(1, k)[:, 0]
         ctx.save_for_backward(logits, t, on)
-        ctx.n, ctx.count, ctx.overwrite, ctx.wide = n, count, overwrite, wide
+        ctx.n, ctx.count, ctx.overwrite, ctx.wide, ctx.gone = n, count, overwrite, wide, False
         return torch.where(on, out, 0.).view(targets.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        logits, t, on = ctx.saved_tensors
+        if ctx.gone: raise RuntimeError("the first backward pass wrote over the logits, a second needs them: call with overwrite=False")
+        (logits, t, on), ctx.gone = ctx.saved_tensors, ctx.overwrite
         n, flat, g = ctx.n, logits.reshape(-1, logits.shape[-1]), grad.reshape(-1, 1)
         out, piece = flat if ctx.overwrite else torch.empty_like(flat), flat.new_empty(min(n, len(t)), flat.shape[-1], dtype=ctx.wide)
         for i, s in enumerate(range(0, len(t), n)):
@@ -166,19 +167,42 @@ def _takes(f, name):
 
 def _run(model, ids, mask):
     "Call a model with the arguments that it takes"
-    f = model.forward if isinstance(model, nn.Module) else model
+    inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
+    f = inner.forward if isinstance(inner, nn.Module) else inner
     kw = {k: v for k, v in dict(attention_mask=mask.long(), use_cache=False).items() if _takes(f, k)}
     return model(ids, **kw)
 
 # %% ../../nbs/align/00_preferences.ipynb #1193ff8a
-_SCALES = ('final_logit_softcapping', 'logit_scale', 'output_multiplier', 'lm_head_multiplier', 'logits_scaling')
+_SCALES = ('final_logit_softcapping', 'logits_soft_cap', 'logit_scale', 'output_multiplier', 'lm_head_multiplier', 'logits_scaling')
+_fits = weakref.WeakSet()   # models whose logits were seen to be those of body and head
 
-def _body_and_head(model):
-    "The part of a transformers model below its output layer, and that layer"
-    head, body = getattr(model, 'get_output_embeddings', lambda: None)(), getattr(model, 'base_model', None)
-    if head is None or body is None or body is model: raise ValueError(f"fused=True needs a transformers causal LM with an output layer, got {type(model).__name__}; use fused=False")
-    if scaled := [k for k in _SCALES if getattr(model.config.get_text_config(), k, None) not in (None, 1, 1.)]:
-        raise ValueError(f"fused=True: {type(model).__name__} changes its logits after the output layer ({scaled[0]}); use fused=False")
+def _logits(out): return getattr(out, 'logits', out[0] if isinstance(out, (tuple, list)) else out)
+
+def _same_logits(model, body, head, ids):
+    "Does the model make the logits of two tokens as we do? Looked at once, in eval mode"
+    if model in _fits: return True
+    live = [m for m in model.modules() if m.training]
+    try:
+        for m in live: m.training = False
+        with torch.no_grad():
+            x = ids[:1, :2]
+            a, b = (_logits(o).float() for o in (_run(model, x, torch.ones_like(x)), F.linear(_hidden(_run(body, x, torch.ones_like(x))).to(head.weight.dtype), head.weight, head.bias)))
+    finally:
+        for m in live: m.training = True
+    if same := a.shape == b.shape and torch.allclose(a, b, rtol=.02, atol=.02*float(a.abs().max())): _fits.add(model)
+    return same
+
+def _body_and_head(model, ids):
+    "The part of a causal LM below its output layer, and that layer"
+    no = lambda why: ValueError(f"fused=True: {type(model).__name__} {why}; use fused=False")
+    if getattr(getattr(model, 'active_peft_config', None), 'is_prompt_learning', False): raise no("puts tokens before the prompt")
+    lm = model.get_base_model() if hasattr(model, 'get_base_model') else model      # PEFT
+    head, body = getattr(lm, 'get_output_embeddings', lambda: None)(), getattr(lm, 'base_model', getattr(lm, 'model', None))
+    if head is None or body is None or body is lm: raise ValueError(f"fused=True needs a causal LM with an output layer, transformers' or the book's, got {type(model).__name__}; use fused=False")
+    if not isinstance(head, nn.Linear): raise no(f"has no plain output layer but {type(head).__name__}, as an adapter makes one")
+    text = getattr(lm.config, 'get_text_config', lambda: lm.config)()
+    if scaled := [k for k in _SCALES if getattr(text, k, None) not in (None, 1, 1.)]: raise no(f"changes its logits after the output layer ({scaled[0]})")
+    if not _same_logits(model, body, head, ids): raise no("does more than its body and its output layer")
     return body, head
 
 # %% ../../nbs/align/00_preferences.ipynb #506b3d86
@@ -187,11 +211,12 @@ def response_logps(
     input_ids,           # [B, T] int64: prompts and responses
     response_mask,       # [B, T]: 1 for the tokens of the response, which are scored
     attention_mask=None, # [B, T]: 0 for padding, on either side; None is no padding
-    fused=False          # never form the logits (transformers' models only)
+    fused=False,         # never form the logits: transformers' causal LMs, with PEFT's adapters or without, and the book's `GPT`
+    overwrite=True       # let the backward pass write over the logits; False where you go backward through the result more than once
 ) -> torch.Tensor:       # [B, T] float32: log-probability of each response token, 0 elsewhere
     """Log-probability of every token of the responses; `.sum(1)` is that of each response.
 
-    Raises `ValueError` for a row without a response token (it names it), for a response that begins with the row (nothing predicts it), and for masks that don't fit."""
+    Raises `ValueError` for a row without a response token (it names it), for a response that begins with the row (nothing predicts it), for masks that don't fit, and under `fused` for models whose logits are not simply the output layer's. Under DDP and FSDP leave `fused` off: their wrappers must be called as a whole."""
     ids, mask, order = _left(input_ids, attention_mask)
     score = _as_mask(response_mask, input_ids, 'response_mask')
     if order is not None:
@@ -201,12 +226,12 @@ def response_logps(
     if score[:, 0].any(): raise ValueError(f"the response of row {_rows(score[:, 0])} begins with its first token, which nothing predicts: put a begin token or the prompt before it")
     targets = F.pad(ids[:, 1:].masked_fill(~score[:, 1:], IGNORE), (0, 1), value=IGNORE)
     if fused:
-        body, head = _body_and_head(model)
+        body, head = _body_and_head(model, ids)
         got = token_logps_from_hidden(_hidden(_run(body, ids, mask)), head.weight, targets, getattr(head, 'bias', None))
     else:
-        out = _run(model, ids, mask)
-        out = getattr(out, 'logits', out)
-        got = token_logps(out, targets, overwrite=out.requires_grad and not out.is_leaf and not hasattr(out.grad_fn, '_saved_result'))
+        out = _logits(_run(model, ids, mask))
+        ours = out.requires_grad and not (out._base if out._is_view() else out).is_leaf and not hasattr(out.grad_fn, '_saved_result')   # nobody else's memory
+        got = token_logps(out, targets, overwrite=overwrite and ours)
     got = F.pad(got[:, :-1], (1, 0))
     return got if order is None else torch.zeros(input_ids.shape, dtype=got.dtype, device=got.device).scatter(1, order, got)
 
@@ -214,9 +239,10 @@ def response_mask(
     attention_mask, # [B, T]: 0 for padding, on either side
     prompt_lens     # [B] or one number: real tokens of each prompt
 ) -> torch.Tensor:  # [B, T] bool
-    "1 for the tokens after the prompt. Raises `ValueError` where a prompt leaves no token."
-    mask = attention_mask.bool()
-    after = mask & (mask.cumsum(1) > torch.as_tensor(prompt_lens, device=mask.device).reshape(-1, 1))
+    "1 for the tokens after the prompt. Raises `ValueError` where a prompt leaves no token, and for lengths that don't fit."
+    mask, n = attention_mask.bool(), torch.as_tensor(prompt_lens, device=attention_mask.device).reshape(-1, 1)
+    if mask.ndim != 2 or len(n) not in (1, len(mask)) or n.is_floating_point(): raise ValueError(f"response_mask needs a mask [rows, tokens] and a whole number a row, got {tuple(mask.shape)} and {n.dtype} of {tuple(n.shape[:1])}")
+    after = mask & (mask.cumsum(1) > n)
     if (none := ~after.any(1)).any(): raise ValueError(f"row {_rows(none)} has no token after its prompt")
     return after
 
@@ -414,14 +440,16 @@ def bradley_terry_labels(
     "Labels drawn from Bradley–Terry, then turned where the annotator errs. Which ones is kept. Raises `ValueError` for shapes or reliabilities that don't fit."
     if reward_a.shape != reward_b.shape: raise ValueError(f"rewards of both responses must have one shape, got {tuple(reward_a.shape)} and {tuple(reward_b.shape)}")
     if not scale > 0: raise ValueError(f"scale must be positive, got {scale!r}")
+    if (bad := ~torch.isfinite(reward_a-reward_b)).any(): raise ValueError(f"a reward is not finite in row {_rows(bad)}")
     eta = torch.as_tensor(reliability, dtype=torch.float32).reshape(-1)
-    if ((eta < 0) | (eta > 1)).any() or not len(eta): raise ValueError(f"reliability must lie in [0, 1], got {reliability!r}")
-    k = torch.randint(len(eta), reward_a.shape, generator=generator) if annotator is None else annotator
+    if not ((eta >= 0) & (eta <= 1)).all() or not len(eta): raise ValueError(f"reliability must lie in [0, 1], got {reliability!r}")
+    dev, at = reward_a.device, generator.device if generator else reward_a.device     # drawn where the generator is
+    k = torch.randint(len(eta), reward_a.shape, generator=generator, device=at).to(dev) if annotator is None else annotator
     if k.shape != reward_a.shape or k.is_floating_point(): raise ValueError(f"annotator must be whole numbers of shape {tuple(reward_a.shape)}, got {k.dtype} of {tuple(k.shape)}")
     if ((k < 0) | (k >= len(eta))).any(): raise ValueError(f"annotators must lie in 0..{len(eta)-1}: there are {len(eta)} reliabilities")
-    d, (u, v) = (reward_a-reward_b).float(), torch.rand((2, *reward_a.shape), generator=generator)
+    d, (u, v) = (reward_a-reward_b).float(), torch.rand((2, *reward_a.shape), generator=generator, device=at).to(dev)
     p = torch.sigmoid(scale*d) if scale < math.inf else .5+.5*d.sign()
-    flipped = v >= eta[k]
+    flipped = v >= eta.to(dev)[k]
     return Labels((u < p) ^ flipped, flipped, k)
 
 # %% ../../nbs/align/00_preferences.ipynb #d2352709
@@ -439,7 +467,7 @@ def group_advantages(
 ) -> torch.Tensor: # [..., G]
     "Reward minus the mean of its group, by default over the group's deviation (Shao et al. 2024). A group of equal rewards gives 0. Raises `ValueError` for groups of one and rewards that are not finite."
     r = _grouped(rewards)
-    a = r-r.mean(-1, keepdim=True)
+    a = (r-r.mean(-1, keepdim=True)).masked_fill((r == r[..., :1]).all(-1, keepdim=True), 0.)   # the mean of equals may be off by a rounding
     return a/(r.std(-1, keepdim=True)+eps) if scale else a
 
 def rloo_advantages(
@@ -455,12 +483,12 @@ def whiten(
     eps=1e-8
 ) -> torch.Tensor:
     "Mean 0 and standard deviation 1 over the batch. Equal values give 0."
-    if mask is None: return (x-x.mean(-1, keepdim=True))/(x.std(-1, keepdim=True, correction=0)+eps)
-    m = mask.to(x.dtype)
-    x = torch.where(mask.bool(), x, 0.)
-    n = m.sum((-2, -1), keepdim=True).clamp_min(1)
-    x = (x-x.sum((-2, -1), keepdim=True)/n)*m
-    return x/((x.square().sum((-2, -1), keepdim=True)/n).sqrt()+eps)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    on, dims = (torch.ones_like(x, dtype=torch.bool), (-1,)) if mask is None else (mask.bool().expand_as(x), (-2, -1))
+    n, x = on.sum(dims, keepdim=True).clamp_min(1), torch.where(on, x, 0.)
+    equal = torch.where(on, x, -math.inf).amax(dims, keepdim=True) == torch.where(on, x, math.inf).amin(dims, keepdim=True)
+    x = torch.where(on & ~equal, x-x.sum(dims, keepdim=True)/n, 0.)          # the mean of equals may be off by a rounding
+    return x/((x.square().sum(dims, keepdim=True)/n).sqrt()+eps)
 
 # %% ../../nbs/align/00_preferences.ipynb #67c48c64
 def approx_kl(
@@ -482,16 +510,14 @@ def aggregate(
     mask,        # [..., B, T]: tokens that count
     agg='token'  # 'token': mean over all tokens of the batch; 'sequence': mean over the rows of each row's mean; 'sum': mean over the rows of each row's sum
 ) -> torch.Tensor: # [...]
-    "One number a batch. Under 'token' and 'sum' a row without tokens adds nothing; under 'sequence' its mean is 0/0, and it raises `ValueError`, as an empty batch does."
+    "One number a batch. A row without tokens adds 0, as in TRL: under 'sequence' and 'sum' it still counts as a row. Raises `ValueError` for a batch without tokens, except under 'sum'."
     if x.shape != mask.shape or x.ndim < 2: raise ValueError(f"aggregate: values and mask must be [..., rows, tokens] of one shape, got {tuple(x.shape)} and {tuple(mask.shape)}")
     on = mask.bool()
     n, rows = on.sum(-1), torch.where(on, x, 0.).sum(-1)
     if agg == 'sum': return rows.mean(-1)
     if agg not in ('token', 'sequence'): raise ValueError(f"agg must be 'token', 'sequence' or 'sum', got {agg!r}")
-    if _inspects(x):
-        if agg == 'sequence' and (n == 0).any(): raise ValueError(f"row {_rows(n == 0)} has no token: its mean does not exist")
-        if (n.sum(-1) == 0).any(): raise ValueError("no token of the batch counts: the mask is all zero")
-    return rows.sum(-1)/n.sum(-1) if agg == 'token' else (rows/n).mean(-1)
+    if _inspects(x) and (n.sum(-1) == 0).any(): raise ValueError("no token of the batch counts: the mask is all zero")
+    return rows.sum(-1)/n.sum(-1) if agg == 'token' else (rows/n.clamp_min(1)).mean(-1)
 
 # %% ../../nbs/align/00_preferences.ipynb #c2405f87
 def clipped_surrogate(
@@ -528,13 +554,14 @@ def grpo_loss(
     logp_ref=None, beta=0.,    # reference and weight of the KL penalty
     kl='k3',    # its estimate, see `approx_kl`
     agg='token' # see `aggregate`; the GRPO paper's is 'sequence'
-) -> tuple:     # loss [...], and detached numbers: clipped share, kl
+) -> tuple:     # loss [...], and detached numbers: share of tokens whose ratio left the interval of the clipping, kl
     "The loss of GRPO, and with `beta=0` that of REINFORCE and RLOO: only the advantages differ. Raises `ValueError` for shapes that don't fit, a negative beta, and values that are not finite where the mask counts."
     if not isinstance(beta, Real) or not 0 <= beta < math.inf: raise ValueError(f"beta must be a number of at least 0, got {beta!r}")
     if beta and logp_ref is None: raise ValueError("grpo_loss: beta > 0 needs logp_ref")
     lp, lo, lr = _scored(mask, logp=logp, logp_old=logp_old, logp_ref=logp_ref)
     lo = lp.detach() if lo is None else lo.detach()
     x = clipped_surrogate(lp, lo, advantages, eps_low, eps_high)
+    if _inspects(advantages) and (bad := ~torch.isfinite(advantages) & (mask.bool() if advantages.ndim == lp.ndim else mask.bool().any(-1))).any(): raise ValueError(f"advantages is not finite in row {_rows(bad)}")
     stats = {}
     if lr is not None:
         k = approx_kl(lp, lr.detach(), kl)
@@ -556,8 +583,8 @@ def gae(
     for k, v in dict(gamma=gamma, lam=lam).items():
         if not 0 <= v <= 1: raise ValueError(f"{k} must lie in [0, 1], got {v!r}")
     if rewards.shape != values.shape: raise ValueError(f"rewards and values must have one shape, got {tuple(rewards.shape)} and {tuple(values.shape)}")
-    m = mask.to(values.dtype).expand_as(values)
-    rewards, values = rewards*m, values.detach()*m
+    on = mask.bool().expand_as(values)
+    m, rewards, values = on.to(values.dtype), torch.where(on, rewards, 0.), torch.where(on, values.detach(), 0.)
     delta = rewards-values
     delta = torch.cat([delta[..., :-1]+gamma*values[..., 1:], delta[..., -1:]], -1)*m
     out, a = torch.zeros_like(delta), torch.zeros_like(delta[..., 0])

@@ -157,11 +157,15 @@ def training_log(name='kjv_gpt') -> dict:
 def load_gpt(
     folder=None # of `save_language_model`; by default the book's own
 ) -> GPT:
-    "The trained GPT as the book's own class, ready to train on. Each call gives a new copy. Raises `ValueError` where the folder has none."
+    "The trained GPT as the book's own class, ready to train on. Each call gives a new copy. Raises `ValueError` where the folder has none, or one that `GPT` can't be."
     from safetensors.torch import load_file
     folder = Path(folder) if folder else model_path()
     try: d = json.loads((folder/'config.json').read_text())
     except OSError: raise ValueError(f"load_gpt: {folder} has no config.json; save_language_model writes one") from None
+    rope = d.get('rope_parameters') or d.get('rope_scaling') or {}
+    if d.get('hidden_act', 'silu') != 'silu' or rope.get('rope_type', 'default') != 'default' or rope.get('rope_theta', d.get('rope_theta', 1e4)) != 1e4:
+        raise ValueError(f"load_gpt: the model of {folder} has another activation or other rotary embeddings than GPT; read it with transformers")
+    if not (folder/'model.safetensors').exists(): raise ValueError(f"load_gpt: {folder} has no model.safetensors")
     model = GPT(**{k: d[k] for k in GPTConfig.__dataclass_fields__ if k in d})
     weights = load_file(folder/'model.safetensors')
     if model.config.tie_word_embeddings: weights['lm_head.weight'] = weights['model.embed_tokens.weight']
