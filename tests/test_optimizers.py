@@ -41,11 +41,11 @@ OPTIMIZERS = [
          lambda: [sophia_trainer_callback(k=2, estimator='hutchinson')]),
     Case('Sophia-sign', Sophia, dict(lr=3e-3)),   # never given an estimate
     Case('GradNormLoRP', GradNormLoRPAdamW, dict(lr=1e-2, weight_decay=.1, rank=6, scale=2., update_proj_gap=4)),
-    Case('GradNormLoRP-two', GradNormLoRPAdamW, dict(lr=1e-2, rank=6, scale=4., side='two', update_proj_gap=4, reset_states=True)),
+    Case('GradNormLoRP-two', GradNormLoRPAdamW, dict(lr=1e-2, rank=3, scale=25., side='two', update_proj_gap=2)),
     Case('GradNormLoRP-8bit', GradNormLoRPAdamW, dict(lr=1e-2, weight_decay=.1, rank=6, scale=2., update_proj_gap=4, state_bits=8)),
 ]
 each = pytest.mark.parametrize('case', OPTIMIZERS, ids=lambda c: c.name)
-pytestmark = pytest.mark.filterwarnings('ignore:Sophia has no curvature', 'ignore:rank 6 is above')
+pytestmark = pytest.mark.filterwarnings('ignore:Sophia has no curvature', 'ignore:rank . is above')
 
 def net(dtype=torch.float32): torch.manual_seed(0); return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)).to(dtype)
 
