@@ -473,15 +473,20 @@ def _projector(g, p, s):
 def _due(g, s): "Is a new projection due? Also where there is none yet"; return s['step'] % g['update_proj_gap'] == 0 or not s.get('ready')
 
 @patch
-def _check_grads(self:GradNormLoRPAdamW):
-    "Raise for gradients that can't be used: before anything is changed"
+def _checked(self:GradNormLoRPAdamW):
+    "For each group its parameters with a gradient, and their states (None before the first step). Raises for gradients that can't be used"
+    out = []
     for g in self.param_groups:
+        out.append(rows := [])
         for p in g['params']:
-            if torch.is_complex(p): raise RuntimeError("GradNormLoRPAdamW has no complex form; optimize torch.view_as_real of the parameter")
+            if p.is_complex(): raise RuntimeError("GradNormLoRPAdamW has no complex form; optimize torch.view_as_real of the parameter")
             if (d := p.grad) is None: continue
             if d.is_sparse: raise RuntimeError("GradNormLoRPAdamW needs dense gradients; make the embedding with sparse=False")
-            if not _projects(g, p) or not _due(g, self.state.get(p) or dict(step=0)): continue
-            if int(_whole((~d.isfinite()).sum())): raise ValueError(f"a gradient of shape {list(p.shape)} is not finite, and its projection is due: clip or skip this step. Nothing was changed")
+            s = self.state.get(p)
+            if _projects(g, p) and (s is None or _due(g, s)) and int(_whole((~d.isfinite()).sum())):
+                raise ValueError(f"a gradient of shape {list(p.shape)} is not finite, and its projection is due: clip or skip this step. Nothing was changed")
+            rows.append((p, s))
+    return out
 
 def _reproject(g, p, s, D):
     "New bases from the gradient D, kept in the state"
@@ -532,9 +537,43 @@ def _job(self:GradNormLoRPAdamW, g, p):
         else: _add(p, P, N, -lr*(g['scale'] if P else 1.), keep)
     return (s['age'], False), (N, d, m, v), after
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #2f09a152
-_CHUNK = 1 << 22     # numbers that are worked on at once
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #14302b7a
+_CHUNK, _SMALL = 1 << 22, 1 << 16     # numbers that are worked on at once; size up to which matrices of one shape are stacked
 
+def _adam(g, age, direct, lists):
+    "Adam on lists of targets, gradients and averages of one age"
+    b1, b2 = g['betas']
+    c = math.sqrt(1-b2**age)/(1-b1**age)
+    _route(g, direct, *lists)(*lists, b1, b2, float(g['lr'])*c if direct else -c, g['eps'], 1-float(g['lr'])*g['weight_decay'] if direct else 1.)
+
+def _work(g, jobs):
+    "Adam on the jobs, those of one age, device and dtype together, and then what comes after each"
+    lists = {}
+    for key, row, _ in jobs:
+        for l, t in zip(lists.setdefault((*key, row[0].device, row[0].dtype), ([], [], [], [])), row): l.append(t)
+    for (age, direct, *_), ls in lists.items(): _adam(g, age, direct, ls)
+    for *_, after in jobs:
+        if after: after()
+
+def _stackable(g, p, s):
+    "Is this a small plain matrix, between two projections?"
+    return (s and g['rank'] is not None and g['state_bits'] == 32 and g['foreach'] is not False and p.ndim == 2 and p.numel() <= _SMALL
+            and type(p.grad) is torch.Tensor and p.dtype == p.grad.dtype == _kind(p) and not _due(g, s))
+
+def _stacked(g, ps, states):
+    "A step of matrices of one shape and age, by products of batches"
+    lr = float(g['lr'])
+    P = LowRankProjector.__new__(LowRankProjector)
+    P.left, P.right = (torch.stack([s[k] for s in states]) if k in states[0] else None for k in ('left', 'right'))
+    d = torch.stack([p.grad for p in ps])
+    R = P.down(-d if g['maximize'] else d)
+    N = torch.zeros_like(R)
+    for s in states: s['step'] += 1; s['age'] += 1
+    _adam(g, states[0]['age'], False, (list(N.unbind()), list(R.unbind()), [s['exp_avg'] for s in states], [s['exp_avg_sq'] for s in states]))
+    torch._foreach_add_(ps, list(P.up(N).unbind()), alpha=-lr*g['scale'])
+    if g['weight_decay']: torch._foreach_mul_(ps, 1-lr*g['weight_decay'])
+
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #924bf066
 @patch
 @torch.no_grad()
 def step(self:GradNormLoRPAdamW,
@@ -544,28 +583,21 @@ def step(self:GradNormLoRPAdamW,
     loss = None
     if closure is not None:
         with torch.enable_grad(): loss = closure()
-    self._check_grads()
-    for g in self.param_groups:
-        jobs, size = [], 0
-        for p in g['params']:
-            if p.grad is None: continue
+    for g, rows in zip(self.param_groups, self._checked()):
+        jobs, size, same = [], 0, {}
+        for p, s in rows:
+            if _stackable(g, p, s):
+                same.setdefault((p.shape, s['age'], p.device, p.dtype), []).append((p, s))
+                continue
             jobs.append(self._job(g, p)); size += jobs[-1][1][1].numel()
             if size > _CHUNK: _work(g, jobs); jobs, size = [], 0
         _work(g, jobs)
+        for ps in same.values():
+            n = max(1, _CHUNK//ps[0][0].numel())
+            for i in range(0, len(ps), n): _stacked(g, *zip(*ps[i:i+n]))
     return loss
 
-def _work(g, jobs):
-    "Adam on the jobs, those of one age, device and dtype together, and then what comes after each"
-    lists, (b1, b2) = {}, g['betas']
-    for key, row, _ in jobs:
-        for l, t in zip(lists.setdefault((*key, row[0].device, row[0].dtype), ([], [], [], [])), row): l.append(t)
-    for (age, direct, *_), ls in lists.items():
-        c = math.sqrt(1-b2**age)/(1-b1**age)
-        _route(g, direct, *ls)(*ls, b1, b2, float(g['lr'])*c if direct else -c, g['eps'], 1-float(g['lr'])*g['weight_decay'] if direct else 1.)
-    for *_, after in jobs:
-        if after: after()
-
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #14302b7a
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #7fa9e5a1
 @patch
 def load_state_dict(self:GradNormLoRPAdamW, state_dict):
     "As torch's, with codes, bases and averages in the precision in which they were saved. torch would cast them to that of the parameter."
@@ -591,7 +623,7 @@ def trainable_parameters(
     if not first: raise ValueError("the model has no adapters and no normalised layers that train: call add_gradnorm_lora or apply_weight_norm first, or give the optimizer your own groups with a rank")
     return [dict(params=first, rank=rank, **options)] + ([dict(params=rest)] if rest else [])
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #924bf066
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #a528264d
 def optimizer_bytes(
     shapes,         # shapes of the parameters
     rank=None, side='one', state_bits=32, block_size=256, # as in `GradNormLoRPAdamW`
@@ -611,7 +643,7 @@ def optimizer_bytes(
             total += batch*q*sides*dtype.itemsize
     return total
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #ce1dcc0b
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #966cf69f
 _SGD_LRS = [2.**(k/2) for k in range(-6, 7)]
 
 def _identities(seed):
@@ -646,7 +678,7 @@ def _ranges(seeds, size):
         out.append(train_many(make, x, y, torch.optim.SGD, runs, steps=200, bs=64, schedule='constant', elementwise=True, lr=1.).accuracy(xt, yt).view(len(_SGD_LRS), -1))
     return torch.stack(out)
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #eaf66c4c
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #4df69f0a
 @claim('gradnormlorp.C1', kind='phenomenon', paper='weight normalisation improves the conditioning of gradients and convergence', batched=True, scope='digits, a network of 3,500 weights, plain SGD')
 def usable_range(seeds):
     "Identities of the gradient to 1e-12. Digits MLP, SGD, 200 steps, 13 learning rates: how many give a test accuracy of 80 %, normalised against plain, from usual and from 3 times too large weights."
@@ -654,7 +686,7 @@ def usable_range(seeds):
     return [{**{k: exact(*v, rtol=1e-12, atol=1e-12) for k, v in _identities(s).items()},
              **{f'usable learning rates, weights × {k:g}': compare(n[1, i], n[0, i], better='higher') for k, n in counts.items()}} for i, s in enumerate(seeds)]
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #4df69f0a
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #cf4a9866
 @lru_cache
 def _conditions(seed):
     "Condition numbers of the covariances of columns' gradients, [steps, 2 (whole, restricted), columns], and the squared cosine of a column with the first eigenvector [steps, columns]"
@@ -686,7 +718,7 @@ def conditioning(seed):
     c, _ = _conditions(seed)
     return {'never worse': bound(c[:, 1].log(), c[:, 0].log(), atol=1e-6), 'condition number': cost(c[:, 1].log().mean().exp(), c[:, 0].log().mean().exp(), at_most=.8)}
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #cf4a9866
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #962d8b89
 _TIMES = (0, 1, 10, 100, 1000, 5000, 20_000, 100_000, 10**8)
 
 @lru_cache
@@ -721,7 +753,7 @@ def _real_ranks(seeds):
     train_many(stack, x, y, torch.optim.AdamW, list(seeds), steps=300, lr=3e-3, schedule='constant', elementwise=True, callback=look)
     return torch.stack(out)
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #e5a59875
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #71c4a510
 @claim('gradnormlorp.C2', kind='theorem', paper='gradients become low-rank during training', number='Theorem 1', scope='paper')
 def low_rank_theorem(seed):
     "Linear model 20 × 30, N = 5: equation (2) against descent; the stable rank after 1,000 steps is at most half of that at the start; after 10⁸ steps it is that of the slowest eigenvector."
@@ -734,7 +766,7 @@ def low_rank_real(seeds):
     sr = _real_ranks(tuple(seeds))
     return [compare(b, a, better='lower') for a, b in zip(sr[0], sr[-1])]
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #71c4a510
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #6d63d290
 def _llama_shapes(d=4096, ff=11008, vocab=32000, blocks=32):
     "Shapes of LLaMA-7B: (linear layers of the blocks, all else)"
     return [(d, d)]*4*blocks + [(ff, d)]*2*blocks + [(d, ff)]*blocks, [(vocab, d)]*2 + [(d,)]*(2*blocks+1)
@@ -759,7 +791,7 @@ def _kept(rank, side, bits=8):
 
 def _rank_for(share, side): "The largest multiple of 8 at which the tensors kept save at least this share"; return max(r for r in range(8, 4097, 8) if 1-_kept(r, side)/_ADAMW_7B >= share)
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #6d63d290
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #22a9f6c8
 @claim('gradnormlorp.C3', kind='cost', paper='8-bit states cut the optimizer\'s memory by up to 89.5 %', number='89.5 %; rank and account not given')
 def memory(seed):
     "optimizer_bytes against the tensors of real optimizers of random shapes, ranks, sides and bits; the count of numbers against GaLore's published 65.5 and 82.5 % at rank 1,024 on LLaMA-7B; two-sided at rank 512 with 8 bits, over bf16 AdamW: at most 10.5 %."
@@ -776,7 +808,7 @@ def memory(seed):
     return {'formula': exact(got, want, rtol=0), 'GaLore 1,024, 16 bits': predict(_reduction(1024, 'one', 2, False), .655, rtol=.01), 'GaLore 1,024, 8 bits': predict(_reduction(1024, 'one', 1, False), .825, rtol=.01),
             'LLaMA-7B': cost(1-_reduction(512, 'two', 1), at_most=.105)}
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #22a9f6c8
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #edf1e11b
 def _budget(rank=1024, side='one', bits=8, tokens=256, d=4096, ff=11008, vocab=32000, blocks=32):
     "Bytes of training LLaMA-7B with normalised linear layers, bfloat16, layer-wise updates, and checkpointed blocks"
     lin, rest = _llama_shapes(d, ff, vocab, blocks)
@@ -804,7 +836,7 @@ def real_7b(seed):
     for _ in range(3): model(input_ids=ids, labels=ids).loss.backward()
     return cost(torch.cuda.max_memory_allocated(), 24e9, at_most=1.)
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #ed30af71
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #efcc8522
 @claim('gradnormlorp.C5', kind='identity', paper='no extra cost at inference: everything folds into the weights')
 def merges(seed):
     "Adapters and normalised layers with random values: relative difference of the outputs after the merge below 1e-6 in float32; the same types of layers and number of parameters as at the start."
@@ -823,7 +855,7 @@ def merges(seed):
         out[f'{name}, parts'] = exact([float(a == b) for a, b in zip(kinds(net), before)]+[len(kinds(net))], [1.]*len(before)+[len(before)], rtol=0)
     return out
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #efcc8522
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #911b3776
 _FT = {'full': (None, None, {}), 'LoRA': ('LoRA', None, {}), 'DoRA': ('DoRA', None, {}), 'GaLore': (None, 8, {}), 'one-sided, q = 8': ('ours', 8, {}), 'one-sided, q = 4': ('ours', 4, {}),
        'two-sided, q = 8': ('ours', 8, dict(side='two')), 'two-sided, q = 4': ('ours', 4, dict(side='two')), '8 bits, q = 8': ('ours', 8, dict(state_bits=8)),
        'LoRA, projected': ('LoRA', 8, {}), 'normalised, AdamW': ('ours', None, {})}  # adapter, q, options
@@ -849,7 +881,7 @@ def _optimizer(stack, lr, q=None, matrices=None, **kw):
     rest = [p for p in free.values() if all(p is not o for o in mats)]
     return GradNormLoRPAdamW([dict(params=mats, rank=q, **kw), dict(params=rest)], lr=lr)
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #f202c6af
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #ad302315
 @lru_cache
 def _upright(seeds, tune):
     "Images and labels, the networks that read upright digits, and for each seed the images for fine-tuning and for the test"
@@ -879,7 +911,7 @@ def _fine_tuned(method, seeds, lr=None, tune=False, steps=300):
     _loop(stack, _optimizer(stack, lr or _FT_LR[method], q, update_proj_gap=100, **kw), lying, y, order, lambda t: 1-t)
     with torch.no_grad(): return (stack(lying[held], each=True).argmax(-1) == y[held]).double().mean(1)
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #911b3776
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #25332d68
 _OURS, _P_SCOPE = 'one-sided, q = 8', 'a digit network of 16,000 weights, 300 steps'
 
 @claim('gradnormlorp.C6', kind='comparison', paper='fine-tunes better than LoRA', number='GLUE average, r = 8: 80.65 against 79.23', batched=True, scope=_P_SCOPE)
@@ -903,7 +935,7 @@ def like_full(seeds):
     "As C6: against full fine-tuning, within 2 points."
     return [compare(a, b, better='higher', within=.02) for a, b in zip(_fine_tuned(_OURS, tuple(seeds)), _fine_tuned('full', tuple(seeds)))]
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #25332d68
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #eff2f7bf
 _LM = {'AdamW': (5e-3, None), 'GaLore': (2e-2, 1.), 'mode B': (5e-2, .25), 'mode B, 8 bits': (5e-2, .25)}   # learning rate, a
 _LM_KW = {'AdamW': None, 'GaLore': {}, 'mode B': {}, 'mode B, 8 bits': dict(state_bits=8)}
 
@@ -934,7 +966,7 @@ def _pretrained(method, seeds, setting=None, steps=400):
     _loop(stack, opt, X, Y, order, lambda t: min(1., 10*(t*steps+1)/steps)*SCHEDULES['cosine'](t), _token_loss)
     with torch.no_grad(): return torch.stack([torch.stack([_token_loss(o, y) for o in stack(x)]) for x, y in held]).double()
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #16165d17
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #bff669d0
 _LM_SCOPE = 'a one-block GPT of width 48, 400 steps of 512 characters'
 
 @claim('gradnormlorp.C8', kind='comparison', paper='pre-trains as well as GaLore or better', number='C4 perplexities near or below GaLore\'s', batched=True, scope=_LM_SCOPE)
@@ -959,7 +991,7 @@ def eight_bits_pretraining(seeds):
     "As C8: mode B with 8-bit states against 32-bit ones, within 0.02 nats."
     return [compare(a, b, better='lower', within=.02) for a, b in zip(_pretrained('mode B, 8 bits', tuple(seeds))[1], _pretrained('mode B', tuple(seeds))[1])]
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #bff669d0
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #8ec09ee3
 _BERT_GRID = {'full': (1e-4, 3e-4, 1e-3), 'LoRA': (1e-3, 3e-3, 1e-2), 'DoRA': (1e-3, 3e-3, 1e-2), 'ours': (1e-3, 3e-3, 1e-2)}
 
 @lru_cache
@@ -1001,7 +1033,7 @@ def _bert(method, seed, lr, part=2, steps=40):
     ids, mask, y = _topics()[part]
     with torch.no_grad(): return float((net.eval()(input_ids=ids, attention_mask=mask).logits.argmax(1) == y).double().mean())
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #5c4fb66d
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #f4efefb6
 @lru_cache
 def _bert_lr(method): "The learning rate with the best validation accuracy on seed 50"; return max(_BERT_GRID[method], key=lambda lr: _bert(method, 50, lr, 1))
 
@@ -1012,7 +1044,7 @@ def real_encoder(seed):
     acc = {m: _bert(m, seed, _bert_lr(m)) for m in _BERT_GRID}
     return {m: compare(acc['ours'], acc[m], better='higher', **(dict(within=.04) if m == 'full' else {})) for m in ('LoRA', 'DoRA', 'full')}
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #f3d0132d
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #68d833bd
 def _fresh():
     from paperbook.core.settings import settings
     return tuple(settings.seeds)
@@ -1029,7 +1061,7 @@ def fig_ranges():
     axs[0].set(ylabel='test accuracy (%)', ylim=(0, 102)); axs[0].legend(loc='lower left')
     return fig
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #b6266c11
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #3351b83f
 @figure('gradnormlorp', 'conditioning and rank')
 def fig_theory():
     "Left: condition numbers of covariances of column gradients perpendicular to the column against the whole ones, log axes, dots on or below the diagonal. Middle: histogram of squared cosines of columns with the first eigenvector. Right: stable rank against the step for the linear model, which rises at first and then falls to that of the slowest mode, and for a digit network, which falls."
@@ -1049,7 +1081,7 @@ def fig_theory():
     cx.set(xscale='log', xlabel='step + 1', ylabel='stable rank', ylim=(0, None), title='Ranks fall in the end'); cx.legend(fontsize=7)
     return fig
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #508223a0
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #242d2782
 @figure('gradnormlorp', 'memory')
 def fig_memory():
     "Optimizer memory on LLaMA-7B in GiB against the rank, log-log: AdamW constant at 25; GaLore in 16 bits, one-sided and two-sided in 8 bits rise with the rank and lie close together; LoRA is a straight line below. A dashed line marks a reduction of 89.5 percent, which both meet near rank 440."
@@ -1067,7 +1099,7 @@ def fig_memory():
     ax.set(xscale='log', yscale='log', xlabel='rank (of LoRA, or of the projection)', ylabel='optimizer memory (GiB)', title='LLaMA-7B: what the optimizer keeps'); ax.legend(fontsize=7, loc='lower right')
     return fig
 
-# %% ../../nbs/optim/04_gradnormlorp.ipynb #9a3a2eed
+# %% ../../nbs/optim/04_gradnormlorp.ipynb #d734dafa
 @figure('gradnormlorp', 'training')
 def fig_training():
     "Left: test accuracy after fine-tuning for eleven methods, joined by seed: full fine-tuning at the top, one-sided with q = 8, in 32 and 8 bits, and LoRA with projected gradients next, DoRA and GaLore below, two-sided lowest. Right: test loss after pre-training with GaLore and mode B."
