@@ -287,7 +287,7 @@ def quantize_blockwise(
     if not torch.is_tensor(x) or not x.is_floating_point(): raise TypeError(f"quantize_blockwise needs a floating tensor, got {x.dtype if torch.is_tensor(x) else type(x).__name__}")
     if not isinstance(block_size, Integral) or block_size < 1: raise ValueError(f"block_size must be a whole number of at least 1, got {block_size!r}")
     if not x.numel(): raise ValueError("quantize_blockwise: the tensor is empty")
-    if not x.isfinite().all(): raise ValueError("quantize_blockwise: the tensor has numbers that are not finite")
+    if not x.float().isfinite().all(): raise ValueError("quantize_blockwise: the tensor has numbers that are not finite in float32")
     if not signed and (x < 0).any(): raise ValueError("quantize_blockwise: negative numbers need signed=True")
     return _quantize(x, bool(signed), int(block_size))
 
