@@ -361,11 +361,7 @@ def _route(g, direct, *lists):
 
 # %% ../../nbs/optim/04_gradnormlorp.ipynb #093d218c
 class GradNormLoRPAdamW(torch.optim.Optimizer):
-    """AdamW in low-rank projections of the gradients, with states of 32 or 8 bits (arXiv 2412.19616; with side='one' and no normalised weights: GaLore).
-
-    Matrices of a group with a `rank` are projected; vectors, and groups without one, get plain AdamW. A parameter of three dimensions is a batch of matrices.
-    Every option can be set per group. Raises `ValueError` for options out of range, for a group that itself asks for a rank and has parameters that are no matrices,
-    and for a gradient that is not finite when a projection is due; `RuntimeError` for sparse or complex ones. Nothing is changed then."""
+    """AdamW in low-rank projections of the gradients, with states of 32 or 8 bits (arXiv 2412.19616; with side='one' and no normalised weights: GaLore). Matrices of a group with a `rank` are projected; vectors, and groups without one, get plain AdamW. A parameter of three dimensions is a batch of matrices. Every option can be set per group. Raises `ValueError` for options out of range, a group that asks for a rank itself and has parameters that are no matrices, and a gradient that is not finite when a projection is due; `RuntimeError` for sparse or complex ones. Nothing is changed then."""
     def __init__(self,
         params,           # tensors, named tensors, or groups of them; `trainable_parameters(model, rank)` makes them
         lr=1e-3,
@@ -386,7 +382,6 @@ class GradNormLoRPAdamW(torch.optim.Optimizer):
         self._warned = False
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, update_proj_gap=update_proj_gap, scale=scale, side=side,
                                       reset_states=reset_states, state_bits=state_bits, block_size=block_size, maximize=maximize, foreach=foreach, fused=fused))
-
     def add_param_group(self, param_group):
         "Add a group of parameters; its options default to those of the optimizer."
         asked = isinstance(param_group, dict) and param_group.get('rank') is not None
@@ -400,7 +395,6 @@ class GradNormLoRPAdamW(torch.optim.Optimizer):
         if not self._warned and (low := [list(p.shape) for p in g['params'] if _projects(g, p) and min(p.shape[-2:]) < g['rank']]):
             self._warned = True
             warnings.warn(f"rank {g['rank']} is above the shorter side of {len(low)} matrices, as {low[0]}: there the side is used, and nothing is saved", stacklevel=2)
-
     def __setstate__(self, state):
         super().__setstate__(state)
         self.__dict__.setdefault('_warned', True)
@@ -1011,7 +1005,6 @@ def _topics(classes=8, length=100):
         e = tok([p for p, _ in pieces], padding='max_length', truncation=True, max_length=28, return_tensors='pt')
         out.append((e['input_ids'], e['attention_mask'], torch.tensor([c for _, c in pieces])))
     return out
-
 def _bert(method, seed, lr, part=2, steps=40):
     "Accuracy of MiniLM on topics"
     from transformers import AutoModelForSequenceClassification
