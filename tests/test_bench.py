@@ -49,3 +49,8 @@ def test_kernel_cache_is_shared_by_processes_and_survives_a_broken_file(tmp_path
 def test_command_line(tmp_path):
     from paperbook.core import cli
     assert cli.main(['bench', 'lion', '--quick']) == 0
+
+def test_gradnormlorp_has_the_targets():
+    d = benchmarks.run(['gradnormlorp'], quick=True)['gradnormlorp']
+    assert {(t['ours'], t['theirs'], t['at_most']) for t in d['targets']} == {('adapter', 'PEFT DoRA', 1.3), ('optimizer, one-sided', 'AdamW', 1.)}
+    assert 'optimizer, all projections due' in d['times'] and all(min(v) > 0 for v in d['times'].values())

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from paperbook.optim.lion import Lion, LionK, Huber, GroupL2, Nuclear
 from paperbook.optim.frugal import Frugal
+from paperbook.optim.gradnormlorp import GradNormLoRPAdamW
 from paperbook.optim.sophia import Sophia, SophiaCallback, gnb_diagonal, hutchinson_diagonal, sophia_trainer_callback
 
 def nothing(opt, model, batches, t): pass
@@ -43,9 +44,12 @@ OPTIMIZERS = [
     Case('Frugal-block', Frugal, dict(lr=5e-3, density=.5, update_gap=3, weight_decay=.1)),
     Case('Frugal-columns', Frugal, dict(lr=5e-3, density=.5, update_gap=3, projection='columns')),
     Case('Frugal-svd', Frugal, dict(lr=5e-3, density=.5, update_gap=3, projection='svd')),
+    Case('GradNormLoRP', GradNormLoRPAdamW, dict(lr=1e-2, weight_decay=.1, rank=6, scale=2., update_proj_gap=4)),
+    Case('GradNormLoRP-two', GradNormLoRPAdamW, dict(lr=1e-2, rank=3, scale=25., side='two', update_proj_gap=2)),
+    Case('GradNormLoRP-8bit', GradNormLoRPAdamW, dict(lr=1e-2, weight_decay=.1, rank=6, scale=2., update_proj_gap=4, state_bits=8)),
 ]
 each = pytest.mark.parametrize('case', OPTIMIZERS, ids=lambda c: c.name)
-pytestmark = pytest.mark.filterwarnings('ignore:Sophia has no curvature')
+pytestmark = pytest.mark.filterwarnings('ignore:Sophia has no curvature', 'ignore:rank . is above')
 
 def net(dtype=torch.float32): torch.manual_seed(0); return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)).to(dtype)
 

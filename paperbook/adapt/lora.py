@@ -140,6 +140,13 @@ def _adapt(layer, args, kwargs, out):
     lora = layer._modules.get('lora')
     return out if lora is None or not lora.enabled else lora(layer, *args, *kwargs.values(), out)
 
+def _adapt_input(layer, args, kwargs):
+    "The forward pre-hook of an adapter that has `before`: it changes the layer's input"
+    lora = layer._modules.get('lora')
+    if lora is None or not lora.enabled: return None
+    if args: return (lora.before(layer, args[0]), *args[1:]), kwargs
+    return args, {k: lora.before(layer, x) for k, x in kwargs.items()}
+
 _HEADS = ('lm_head', 'score', 'classifier', 'head')
 
 def _head(model):
@@ -214,6 +221,7 @@ def _attach(model, adapters, train):
         layer = mods[n]
         layer.lora = a.train(layer.training)
         layer._lora_hook = layer.register_forward_hook(_adapt, with_kwargs=True)
+        if hasattr(a, 'before'): layer._lora_before = layer.register_forward_pre_hook(_adapt_input, with_kwargs=True)
     _forget_compiled()
 
 # %% ../../nbs/adapt/00_lora.ipynb #a52b80f6
@@ -319,6 +327,7 @@ def remove_lora(
     for n, w in (_new_weights(layers) if merge else {}).items(): layers[n].weight = w
     for l in layers.values():
         l._lora_hook.remove()
+        if before := l.__dict__.pop('_lora_before', None): before.remove()
         del l.lora, l._lora_hook
     for m in _bare(model).modules():
         for k, free in m.__dict__.pop('_lora_was', {}).items():
