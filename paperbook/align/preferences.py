@@ -361,6 +361,7 @@ def simpo_loss(
 ) -> torch.Tensor:
     "The SimPO loss: -log σ(β × difference of the mean token log-probabilities - γ), without a reference (Meng et al. 2024). Raises `ValueError` for bad values."
     _positive(beta=beta); _share('label_smoothing', label_smoothing, .5)
+    if isinstance(gamma, Real) and not math.isfinite(gamma): raise ValueError(f"gamma must be finite, got {gamma!r}")
     names = dict(policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps)
     pc, pr = _wide(**names)
     _lengths(pc, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
@@ -583,6 +584,7 @@ def gae(
     for k, v in dict(gamma=gamma, lam=lam).items():
         if not 0 <= v <= 1: raise ValueError(f"{k} must lie in [0, 1], got {v!r}")
     if rewards.shape != values.shape: raise ValueError(f"rewards and values must have one shape, got {tuple(rewards.shape)} and {tuple(values.shape)}")
+    if mask.shape != values.shape[values.ndim-mask.ndim:]: raise ValueError(f"the mask must have the shape of the values, {tuple(values.shape)}, got {tuple(mask.shape)}")
     on = mask.bool().expand_as(values)
     m, rewards, values = on.to(values.dtype), torch.where(on, rewards, 0.), torch.where(on, values.detach(), 0.)
     delta = rewards-values
@@ -606,6 +608,7 @@ def ppo_loss(
     loss, stats = grpo_loss(logp, logp_old, mask, advantages, eps_low, eps_high, agg=agg)
     stats['policy'] = loss.detach()
     if (values is None) != (returns is None): raise ValueError("ppo_loss: values and returns go together")
+    if not value_clip >= 0: raise ValueError(f"value_clip must be at least 0, got {value_clip!r}")
     if values is not None:
         v, ret, old = _scored(mask, values=values, returns=returns, values_old=values_old)
         err = (v-ret.detach()).square()
