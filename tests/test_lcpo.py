@@ -215,3 +215,15 @@ def test_on_the_books_gpt():
         loss, _ = lcpo(named((*logps(), *ref)), k)
         opt.zero_grad(); loss.backward(); opt.step(); lcpo.update(); losses.append(loss.item())
     assert losses[-1] < losses[0] and (lcpo.reliability.eta != .9).all() and lcpo.reliability.count.tolist() == [8, 8]
+
+@pytest.mark.filterwarnings('ignore')
+def test_trl_on_the_books_gpt_with_an_adapter(tiny, tmp_path):
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    from paperbook.core.zoo import model_path
+    _, _, data = tiny
+    tok, rel = transformers.AutoTokenizer.from_pretrained(model_path()), AnnotatorReliability(3)
+    t = LCPOTrainer(transformers.AutoModelForCausalLM.from_pretrained(model_path()), args=config(tmp_path, save_strategy='no', gradient_accumulation_steps=2), train_dataset=data, eval_dataset=data.select(range(4)), processing_class=tok, reliability=rel,
+                    peft_config=peft.LoraConfig(target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM'))
+    t.train()
+    close(torch.tensor(t.state.log_history[0]['lcpo/w']), torch.tensor(.9), atol=1e-3, rtol=0)      # the reference is the model without its adapter
+    assert rel.count.sum() == 24 and rel.steps == 3 and not t._pending and 'eval_loss' in t.evaluate() and rel.count.sum() == 24

@@ -166,6 +166,16 @@ def test_trl(prefs, tmp_path, cached):
         assert (got-dpo_loss(*lp, *ref, .1)).abs() > 1e-3
     assert math.isfinite(tr.evaluate()['eval_loss'])
 
+def test_trl_on_the_books_gpt_with_an_adapter(prefs, tmp_path):
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    from paperbook.core.zoo import model_path
+    tok = transformers.AutoTokenizer.from_pretrained(model_path())
+    tr = madpo_trainer(transformers.AutoModelForCausalLM.from_pretrained(model_path()), args=config(tmp_path, gradient_accumulation_steps=2), train_dataset=prefs, eval_dataset=prefs, processing_class=tok,
+                       peft_config=peft.LoraConfig(target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM'))
+    tr.train()
+    first = tr.state.log_history[0]                                              # before a step h = 0: the loss is log 2 a pair, times its weight
+    assert math.isclose(first['loss'], math.log(2)*first['madpo/weight'], rel_tol=1e-3) and math.isfinite(tr.evaluate()['eval_loss'])
+
 def test_trl_bad_input(prefs, tmp_path):
     pytest.importorskip('trl')
     kw = dict(model=llama(), train_dataset=prefs, processing_class=words())

@@ -491,7 +491,7 @@ def _population(star, eta, spread=2.):
 
 @claim('lcpo.L2', kind='theorem', paper='with a calibrated policy EM converges to the true reliability from every start (Theorem 4.1)')
 def recovers_reliability(seed):
-    "Reliabilities 0.6, 0.8, 0.95, starts 0.5001, 0.9, 0.99. 200,000 labels: |z| < 4.5 against the Fisher information, and all starts end in one point. Without sampling: T(η*) = η*, the derivative of the log-likelihood is (T(η)-η)/(η(1-η)), the second is negative, and EM on the population ends at η*."
+    "Reliabilities 0.6, 0.8, 0.95, starts 0.5001, 0.9, 0.99. 200,000 labels: |z| < 4.5 (a recording makes 30 such tests) against the Fisher information, and all starts end in one point. Without sampling: T(η*) = η*, the derivative of the log-likelihood is (T(η)-η)/(η(1-η)), the second is negative, and EM on the population ends at η*."
     z, ends, fixed, slopes, want, bend = [], [], [], [], [], []
     for star in _STARS:
         p = _labels(seed, star)
@@ -589,7 +589,7 @@ def tracks_reliability(seeds):
 
 @claim('lcpo.L5', kind='phenomenon', paper='suspicious labels get a low posterior', number='case studies', batched=True, scope=_SCOPE)
 def finds_wrong_labels(seeds):
-    "Posterior of a label when it is trained on, new to the policy, β = 0.3, last 100 of 400 steps: AUC for 'not flipped' above 0.8."
+    "Posterior of a label when it is trained on, new to the policy, β = 0.3, last 100 of 400 steps: AUC for 'not flipped' above 0.8. The true reliability alone, without the policy, has 0.81."
     st = _main(seeds)
     return [compare(_auc(st.w[st.at(_CALM)][-100:, r].flatten(), ~st.flipped[-100:, r].flatten()), .8, 'higher') for r in range(len(seeds))]
 
