@@ -30,7 +30,7 @@ def test_equals_the_plain_step(shape, kind, rho, full, free, gap, seed, path):
         if t % gap == 0: s = {}; P = P if not P.k else projector(kind, shape, rho).refresh(G, M._generator(0, t//gap, 0))
         whole = isinstance(P, M.Basis) and P.k and P.whole
         W = frugal_step(W, G, P if P.k else None, s, **{**kw, 'state_free': 'none' if whole else free})
-    if full != 'adamw' and kind in ('svd', 'svd_full', 'random') or kind == 'svd_full' and min(shape) == 1: return        # a sign of rounding noise may differ
+    if full != 'adamw' and kind in ('svd', 'svd_full', 'random') or kind == 'svd_full' and P.k == min(shape): return        # a sign of rounding noise may differ: both bases hold the G that chose them
     torch.testing.assert_close(got, W, atol=1e-7, rtol=0)
 
 @pytest.mark.parametrize('path', PATHS)
@@ -159,3 +159,50 @@ def test_add_a_group_later_and_pickle():
     old = opt.state_dict()
     for g in old['param_groups']: g.pop('scale')                    # a state saved before the option existed
     o = Frugal([p], projection='svd'); o.add_param_group(dict(params=[q])); o.load_state_dict(copy.deepcopy(old)); o.step()
+
+def test_trainer_accumulates_and_frozen_layers_stay(tmp_path):
+    "Four small batches are one step; tied weights are one regular parameter; what is frozen is in no group"
+    pytest.importorskip('accelerate')
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    for p in model.transformer.h[0].parameters(): p.requires_grad_(False)
+    groups = split_parameters(model); assert 'transformer.wte.weight' in groups[1]['names'] and len(groups[0]['params']) == 4 and not any('h.0.' in n for g in groups for n in g['names'])
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    opt = Frugal(groups, lr=1e-2, projection='svd', update_gap=2)
+    args = TrainingArguments(str(tmp_path), max_steps=3, gradient_accumulation_steps=4, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', seed=0)
+    Trainer(model, args, train_dataset=[dict(input_ids=i, labels=i) for i in torch.randint(32, (32, 8), generator=gen())], optimizers=(opt, None)).train()
+    assert [g['clock'] for g in opt.param_groups] == [3, 3]
+    for n, p in model.named_parameters(): assert p.isfinite().all() and torch.equal(p, before[n]) == ('h.0.' in n), n
+
+@pytest.mark.parametrize('beta, rho, period', [(.5, .25, 20), (.9, .5, 20), (.9, 1., 200)])
+def test_the_noise_terms_of_the_bound_hold_alone(beta, rho, period, steps=200, sigma=.1, d=40):
+    "From the minimum the first term of the bound is 0, and only the noise is left"
+    g = gen(5); _, grad = M._landscape('quadratic', g, d); lr, k, norms = min(.75, .5*(1-beta)/beta), int(rho*d), 0
+    p = nn.Parameter(torch.full((32, d), .5, dtype=torch.float64))
+    opt = Frugal([p], lr, (beta, .9), density=rho, update_gap=period, projection='columns', state_full='sgdm', state_free='sgd', generator=g)
+    for _ in range(steps):
+        G = grad(p.detach()); norms += G.square().sum(1).mean().item(); p.grad = G+sigma*torch.randn(p.shape, generator=g, dtype=p.dtype); opt.step()
+    assert 0 < norms/steps <= M.convergence_bound(0., steps, lr, beta, period, 1., k*sigma**2, (d-k)*sigma**2)
+
+@pytest.mark.parametrize('kind', PROJECTIONS)
+def test_gradients_that_come_and_go(kind):
+    ps = [nn.Parameter(torch.randn(s, generator=gen())) for s in ((6, 4), (4, 6), (5,))]; opt = Frugal(ps, .1, density=.5, projection=kind, update_gap=2)
+    for t in range(9):
+        for i, p in enumerate(ps): p.grad = None if (t+i) % 3 == 0 else torch.randn(p.shape, generator=gen(10*t+i))
+        still = [p.detach().clone() for p in ps]; opt.step()
+        for p, q in zip(ps, still): assert p.isfinite().all() and torch.equal(p, q) == (p.grad is None)
+    assert opt.param_groups[0]['clock'] == 9
+
+@pytest.mark.xfail(strict=True, reason='known: Adam makes whole steps of the rounding noise in coordinates of a basis (the page says so)')
+def test_rounding_noise_in_the_coordinates_is_no_step():
+    p = nn.Parameter(torch.zeros(64, 48)); opt = Frugal([p], 1., projection='svd', density=.25)
+    p.grad = torch.outer(torch.randn(64, generator=gen()), torch.randn(48, generator=gen(1))); opt.step()
+    assert torch.linalg.matrix_rank(p.detach(), rtol=1e-3) == 1
+
+@pytest.mark.xfail(strict=True, reason='known: density 1 in the middle of a period drops the residual until the next (the page says so)')
+def test_density_one_in_the_middle_of_a_period_keeps_the_residual():
+    p = nn.Parameter(torch.zeros(8, 6)); opt = Frugal([p], .1, projection='svd', density=.5, update_gap=10)
+    p.grad = torch.randn(8, 6, generator=gen()); opt.step(); before = p.detach().clone()
+    opt.param_groups[0]['density'] = 1.; p.grad = torch.randn(8, 6, generator=gen(1)); opt.step()
+    assert torch.linalg.matrix_rank(p.detach()-before, rtol=1e-4) == 6
