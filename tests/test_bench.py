@@ -14,6 +14,11 @@ def test_sophia_has_the_targets_and_two_tensors_of_state():
     assert {(t['ours'], t['theirs'], t['at_most']) for t in d['targets']} == {('Sophia (fused)', 'pytorch-optimizer SophiaH', .7), ('Sophia (fused)', 'AdamW (foreach)', 1.5)}
     assert any('Sophia (fused) 8, Sophia (foreach) 8' in n for n in d['notes'])
 
+def test_ggpo_has_the_targets():
+    d = benchmarks.run(['lora_ggpo'], quick=True)['lora_ggpo']
+    assert {(t['ours'], t['theirs'], t['at_most']) for t in d['targets']} >= {('GGPO', 'SAM', 1.), ('MGPO', 'LoRA', 1.18)}
+    assert {'LoRA', 'GGPO', 'MGPO', 'SAM'} <= d['times'].keys()
+
 def test_missing_peers_are_named(monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, '_peer', lambda module, name: None)
     assert 'lion-pytorch' not in benchmarks.run(['lion'], quick=True)['lion']['times']
