@@ -816,7 +816,7 @@ def built_from_norms(seed):
 _AT = _set(), _set(sigma=.3, beta=.01), _set(rho=.05)                    # LoRA, GGPO, MGPO at the learning rate of the problem, 5e-3
 _PARTS = _set(sigma=.3), _set(sigma=.3, beta=.01, isotropic=1), _set(rho=.05, random=1), _set(sigma=.3, beta=1.) # β = 0; isotropic; a random direction; β = 1
 _TUNED = {'LoRA': _set(lr=1e-3), 'DoRA': _set(lr=2e-3), 'rsLoRA': _set(lr=5e-4, scale=8., wd=1.), 'LoRA+': _set(lr=3e-4, ratio=6.), 'PiSSA': _set(lr=6e-4, wd=1., pissa=1),
-          'Flat-LoRA': _set(lr=2e-3, sigma=.4, ramp=1), 'GGPO': _set(lr=2e-3, sigma=.25, beta=1.), 'MGPO': _set(lr=1e-3, rho=.01), 'SAM': _set(lr=3e-3, rho=.2)} # each the best of 32 settings
+          'Flat-LoRA': _set(lr=2e-3, sigma=.4, ramp=1), 'GGPO': _set(lr=2e-3, sigma=.4, beta=.01), 'MGPO': _set(lr=1e-3, rho=.01), 'SAM': _set(lr=3e-3, rho=.2)} # each the best of 32 settings
 _PLAIN = [k for k in _TUNED if k not in ('DoRA', 'SAM')]
 
 def _settings(r): return _AT[:1] if r == 4 else _AT[:2] if r == 8 else _AT if r != 16 else _AT+_PARTS+tuple(_TUNED[k] for k in _PLAIN)
@@ -1110,7 +1110,7 @@ def _trace(seed, steps=200, beta=1.):
 
 @figure('lora_ggpo', 'noise')
 def fig_noise():
-    "Two heat maps over 200 steps and three layers. Left: mean τ, growing over the run. Right: the share of the gradient in τ², on a log scale, which varies from step to step."
+    "Two heat maps over 200 steps and three layers. Left: mean τ, largest in the first steps, then growing slowly. Right: the share of the gradient in τ², on a log scale: nearly 1 in the first steps, then lower and varying from step to step, least in the middle layer."
     from matplotlib.colors import LogNorm
     from paperbook.core.plots import subplots
     taus, shares, _ = _trace(0)
