@@ -25,6 +25,10 @@ def test_frugal_has_the_targets():
     d = benchmarks.run(['frugal'], quick=True)['frugal']
     assert {(t['ours'], t['theirs'], t['at_most']) for t in d['targets']} == {(f'FRUGAL, {k}', p, m) for k in ('block', 'columns') for p, m in (('galore-torch', .7), ('AdamW (foreach)', 1.5))}
     assert any('Bytes of state' in n for n in d['notes']) and any('change of the subspace' in n for n in d['notes'])
+def test_ggpo_has_the_targets():
+    d = benchmarks.run(['lora_ggpo'], quick=True)['lora_ggpo']
+    assert {(t['ours'], t['theirs'], t['at_most']) for t in d['targets']} >= {('GGPO', 'SAM', 1.), ('MGPO', 'LoRA', 1.18)}
+    assert {'LoRA', 'GGPO', 'MGPO', 'SAM'} <= d['times'].keys()
 
 def test_missing_peers_are_named(monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, '_peer', lambda module, name: None)
