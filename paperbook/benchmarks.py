@@ -9,7 +9,7 @@ __all__ = ['LION_SHAPES', 'bench_lion', 'bench_sophia', 'bench_preferences', 'ru
            'bench_ggpo']
 
 # %% ../nbs/benchmarks.ipynb #f8dabaef
-import difflib, importlib, statistics, time
+import contextlib, difflib, importlib, statistics, time
 import torch
 from .core.bench import Bench, Target, interleaved, machine, memory_bandwidth, peak_memory
 

@@ -63,6 +63,7 @@ def _full_precision(layers):
 
 _SMALL = 2**16   # entries of a weight
 
+# %% ../../nbs/generalization/03_lora_ggpo.ipynb #029257ds1
 class _Adapted:
     "A layer with weight W + sBA, of this book or of PEFT"
     def __init__(self, name, module, base):
@@ -194,6 +195,7 @@ def _lend(self:_Hooked, i, module, args):
     now = self._now(i, module)
     if now and (w := self._lent(i, now[0])) is not None: module.__dict__['weight'] = w
 
+# %% ../../nbs/generalization/03_lora_ggpo.ipynb #1d10341s1
 @patch
 def _hook(self:_Hooked, i, module, args, kwargs, out):
     if not (now := self._now(i, module)): return out
@@ -480,6 +482,7 @@ def _strength(self:MGPO, i, norm):
     if not norm > 0 or self.normalise and (g is None or not g > 0): return 0.
     return self.sign*self.rho/norm*(min(1/float(g), self.clamp) if self.normalise else 1.)
 
+# %% ../../nbs/generalization/03_lora_ggpo.ipynb #ace2acds1
 @patch
 def _shifts(self:MGPO):
     "The factors, their momenta, and the strength"
@@ -651,6 +654,7 @@ def _forward(task, W, x, each=True):
     ps = {**{n: torch.cat([w]*k) for n, w in task.weights.items()}, **W}
     return torch.func.vmap(lambda p, x: torch.func.functional_call(task.base, p, (x,)), (0, 0 if each else None))(ps, x)
 
+# %% ../../nbs/generalization/03_lora_ggpo.ipynb #c4c19c1s1
 class _Adapters:
     "LoRA factors of all models and layers, by layer a list of A [K S, r, n], B [K S, m, r] and, for DoRA, the lengths [K S, m, 1]"
     def __init__(self, task, r, k, scale, kind, pissa):
@@ -934,6 +938,7 @@ def _pretrained(steps=500):
         opt.zero_grad(); _tokens(net(b[:, :-1]), b[:, 1:]).backward(); opt.step(); sched.step()
     return net
 
+# %% ../../nbs/generalization/03_lora_ggpo.ipynb #da3754as1
 def _source(*names):
     "Source of modules of Python's library"
     from importlib.util import find_spec
